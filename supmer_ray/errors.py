@@ -1,0 +1,38 @@
+"""The one error a user can cause, and the small checks that every stage shares.
+
+Whatever is wrong with the user's input is raised as `UserError`: one sentence that says what was
+wrong, where, and what to write instead. The command line prints it and exits with status 2; library
+callers may catch it. Everything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message is one sentence for the person who wrote the input."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A "did you mean …?" for `word`, or the list of what is known when nothing is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(names)}."
+
+
+def require_new_folder(folder: Path, *, overwrite: bool, resume: bool = False, can_resume: bool = False) -> None:
+    """Refuse an output folder that already holds something, before any work is done.
+
+    `can_resume` says whether the calling command has a `--resume` to suggest.
+
+    Raises:
+        UserError: the folder is a file, or is not empty and neither flag was given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"The output {folder} is a file; name a folder instead.")
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+        ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
+        raise UserError(f"The output folder {folder} already holds a run; choose another, or add {ways}.")

@@ -1,0 +1,154 @@
+"""The frozen encoder-decoder f: any `AutoModelForSeq2SeqLM`, by folder or by hub name.
+
+In come token ids, out come encoder states and next-token logits. Everything that differs between
+model families (sentinels, the frame around a text, the limit on positions) is settled here once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as transformers_logging
+
+from supmer_ray.embedded import resolve
+from supmer_ray.errors import UserError
+
+transformers_logging.disable_progress_bar()
+
+
+class Backbone:
+    """A frozen encoder-decoder language model with its tokenizer.
+
+    Attributes:
+        d_model: width d of the encoder's embeddings and states.
+        start: the id that the decoder reads first.
+        sentinel, closing: the ids around an answer; the decoder's target is (sentinel, answer, closing).
+            T5 has `<extra_id_0>` and `<extra_id_1>`; a model with a mask token uses it and its end token.
+        prefix, suffix: special ids that the tokenizer puts before and after a text.
+        max_positions: longest encoder input, prompt included; None where positions are relative (T5).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        model.eval().requires_grad_(False)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.encoder = model.get_encoder()
+        self.embedding: torch.nn.Embedding = self.encoder.get_input_embeddings()
+        self.d_model: int = self.embedding.embedding_dim
+        encoder_config = getattr(model.config, "encoder", model.config)
+        self.max_positions: int | None = getattr(encoder_config, "max_position_embeddings", None)
+        self.start: int = model.config.decoder_start_token_id
+        if tokenizer is not None:
+            self._read_tokenizer()
+
+    def _read_tokenizer(self) -> None:
+        vocabulary = self.tokenizer.get_vocab()
+        self.pad: int = self.tokenizer.pad_token_id
+        if {"<extra_id_0>", "<extra_id_1>"} <= vocabulary.keys():
+            self.sentinel, self.closing = vocabulary["<extra_id_0>"], vocabulary["<extra_id_1>"]
+        elif self.tokenizer.mask_token_id is not None:
+            end = self.tokenizer.sep_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+            self.sentinel, self.closing = self.tokenizer.mask_token_id, end
+        else:
+            raise UserError(
+                f"The tokenizer of '{self.name}' has neither <extra_id_0> nor a mask token to put an answer at; "
+                "choose a T5, BART or other masked encoder-decoder."
+            )
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed = self.tokenizer("a")["input_ids"]
+        at = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+        self.prefix: list[int] = framed[:at]
+        self.suffix: list[int] = framed[at + len(bare) :]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the weights, the same in every precision: 256 values of each tensor, rounded to bfloat16."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            flat = parameter.detach().reshape(-1)
+            sample = flat[torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()]
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Identity of the vocabulary: tokens and their ids."""
+        items = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(repr(items).encode()).hexdigest()
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if not texts:
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, L) ids → (B, L, d) input embeddings, as the encoder itself would look them up."""
+        return self.embedding(input_ids)
+
+    def encode(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L, d) embeddings, (B, L) mask → (B, L, d) last hidden states of the encoder."""
+        return self.encoder(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
+
+    def logits(self, states: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        """Encoder states (B, L, d), their mask (B, L), decoder ids (B, T) → (B, T, vocabulary) logits."""
+        return self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        ).logits
+
+    def random_rows(self, count: int, below: int, generator: torch.Generator) -> Tensor:
+        """(count, d) float32: embeddings of random vocabulary ids under `below`, the start of a prompt."""
+        below = min(below, self.embedding.num_embeddings)
+        ids = torch.randint(below, (count,), generator=generator)
+        return self.embedding.weight[ids.to(self.device)].detach().float().clone()
+
+
+def load_backbone(
+    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, threads: int | None = None
+) -> Backbone:
+    """Load a frozen backbone.
+
+    Args:
+        name: "embedded", a folder, or a hub name such as "google/flan-t5-base". Only safetensors
+            weights are read (a pickle could run code) and remote code is never executed.
+        dtype: of the weights; unset: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower).
+        threads: CPU threads torch may use in this process; unset: leave torch's choice.
+
+    Raises:
+        UserError: there is no such folder, or the hub could not be reached or has no such model.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    place = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"Cannot load the backbone '{name}' ({first_line}); name a folder with an encoder-decoder in "
+            "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."
+        ) from None
+    return Backbone(model.to(device), tokenizer, name)

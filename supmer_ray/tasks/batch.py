@@ -1,0 +1,124 @@
+"""Examples in flat arrays, and their way into padded micro-batches.
+
+A `Examples` is what the builders make and what travels (Arrow, no Python object per token); `collate`
+pads some of its rows to the longest of them; `micro_batches` decides which rows go together: sorted
+by length and cut so that no micro-batch exceeds a budget of padded tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from supmer_ray.model.prompted import Rows
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n examples of one or several tasks.
+
+    Attributes:
+        tokens: (total,) int32, the encoder inputs one after the other; −1−k stands for vector k.
+        offsets: (n + 1,) int64, where each input starts.
+        labels: (n, T) int32, the decoder's target.
+        task: (n,) int32, which task (prompt) an example belongs to.
+        vectors: (tasks, K, d) float32, embeddings to insert; K is 0 where a format has none.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    task: np.ndarray
+    vectors: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @staticmethod
+    def of(inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], vectors: np.ndarray | None = None) -> Examples:
+        """Examples of one task (number 0) from lists of ids."""
+        lengths = [len(ids) for ids in inputs]
+        return Examples(
+            tokens=np.fromiter((token for ids in inputs for token in ids), np.int32, sum(lengths)),
+            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+            labels=np.asarray(labels, np.int32),
+            task=np.zeros(len(lengths), np.int32),
+            vectors=np.zeros((1, 0, 0), np.float32) if vectors is None else vectors[None].astype(np.float32),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Examples]) -> Examples:
+        """The parts one after the other, their tasks numbered on. All parts share T, K and d."""
+        sizes = np.cumsum([0] + [part.offsets[-1] for part in parts])
+        tasks = np.cumsum([0] + [len(part.vectors) for part in parts])
+        return Examples(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            offsets=np.concatenate([[0], *(part.offsets[1:] + size for part, size in zip(parts, sizes, strict=False))]),
+            labels=np.concatenate([part.labels for part in parts]),
+            task=np.concatenate([part.task + first for part, first in zip(parts, tasks, strict=False)]).astype(np.int32),
+            vectors=np.concatenate([part.vectors for part in parts]),
+        )
+
+
+def micro_batches(lengths: np.ndarray, overhead: int, token_budget: int) -> list[np.ndarray]:
+    """Cut examples into micro-batches of at most `token_budget` padded tokens.
+
+    Args:
+        lengths: (n,) tokens of each example.
+        overhead: tokens that every example has besides its own (the prompt's length).
+        token_budget: rows × (overhead + longest) of a micro-batch stays within this; one example
+            that is longer than the budget gets a micro-batch of its own.
+
+    Returns:
+        Index arrays that together hold each of 0 … n−1 exactly once, longest examples first.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        rows = max(1, token_budget // (overhead + int(lengths[order[start]])))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def collate(
+    examples: Examples,
+    rows: np.ndarray,
+    *,
+    pad: int,
+    start: int,
+    length: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Rows:
+    """The chosen rows, padded to `length` or to the longest of them, as tensors on `device`.
+
+    Args:
+        pad: id that fills; its attention mask is 0.
+        start: id that the decoder reads first; the rest of its input is the labels shifted by one.
+    """
+    lengths = examples.lengths[rows]
+    width = max(int(lengths.max()), length or 0)
+    real = np.arange(width) < lengths[:, None]
+    ids = np.full((len(rows), width), pad, np.int64)
+    ids[real] = examples.tokens[np.concatenate([np.arange(examples.offsets[r], examples.offsets[r + 1]) for r in rows])]
+    labels = examples.labels[rows].astype(np.int64)
+    decoder_ids = np.concatenate([np.full((len(rows), 1), start, np.int64), labels[:, :-1]], axis=1)
+    tensors = (torch.from_numpy(array).to(device) for array in (ids, real.astype(np.int64), decoder_ids, labels))
+    input_ids, attention_mask, decoder_input_ids, label_ids = tensors
+    vectors = torch.from_numpy(examples.vectors).to(device) if examples.vectors.shape[1] else None
+    return Rows(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        decoder_input_ids=decoder_input_ids,
+        labels=label_ids,
+        task=torch.from_numpy(examples.task[rows].astype(np.int64)).to(device),
+        vectors=vectors,
+    )
