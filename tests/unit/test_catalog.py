@@ -1,0 +1,59 @@
+"""The catalog: real text, split by document, with nothing of a test split in the unlabeled text."""
+
+import pytest
+
+from supmer_ray.data import catalog
+from supmer_ray.errors import UserError
+
+
+@pytest.mark.parametrize("name", catalog.CATALOG_SOURCES)
+def test_source_gives_distinct_train_documents(name):
+    documents = list(catalog.unlabelled(name))
+    assert len(documents) > 150
+    assert len({document.id for document in documents}) == len(documents)
+    assert all(document.text.strip() for document in documents)
+    assert len({catalog._normal(document.text) for document in documents}) == len(documents)
+
+
+@pytest.mark.parametrize("name", catalog.CATALOG_TASKS)
+def test_task_splits_share_no_text(name):
+    table = catalog.labelled(name)
+    assert list(table.columns)[::2] == ["split", "label"]
+    assert set(table["split"]) == {"train", "test"}
+    assert table.iloc[:, 1].map(catalog._normal).is_unique
+    share = (table["split"] == "test").mean()
+    assert 0.2 < share < 0.4
+
+
+@pytest.mark.parametrize(
+    ("task", "source"),
+    [
+        ("bbc-topic", "bbc"),
+        ("subjectivity", "rotten-tomatoes"),
+        ("film-sentiment", "rotten-tomatoes"),
+        ("product-sentiment", "product-reviews"),
+    ],
+)
+def test_no_test_text_is_unlabelled(task, source):
+    table = catalog.labelled(task)
+    lines = set()
+    for document in catalog.unlabelled(source):
+        lines.update(catalog._normal(line) for line in [document.text, *document.text.split("\n")])
+    test = table[table["split"] == "test"].iloc[:, 1].map(catalog._normal)
+    assert not set(test) & lines
+    if task != "subjectivity":  # where plot sentences are parts of lines
+        train = table[table["split"] == "train"].iloc[:, 1].map(catalog._normal)
+        assert set(train) <= lines
+
+
+def test_topics_and_balance():
+    topics = catalog.labelled("bbc-topic")
+    assert set(topics["label"]) == {"business", "entertainment", "politics", "sport", "tech"}
+    sizes = catalog.labelled("subjectivity").groupby("split")["label"].value_counts().unstack()
+    assert (sizes["objective"] == sizes["subjective"]).all()
+
+
+@pytest.mark.parametrize("read", [catalog.unlabelled, catalog.labelled])
+def test_unknown_name_is_refused(read):
+    with pytest.raises(UserError, match="The catalog has no"):
+        read("bcc")
