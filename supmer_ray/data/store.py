@@ -1,0 +1,384 @@
+"""A prepared corpus on disk: sentences, and for each data family its items sorted by domain.
+
+Record batches of sentences flow in through `SentenceWriter`, clustered items through `write_family`;
+meta-task builders read single rows back through `Store`. Everything large is memory-mapped, so that
+random access costs no memory and the processes of a node share one copy in the page cache.
+
+    sentences.arrow         document int64, position int32, text string, tokens list<int32> (no special tokens)
+    documents.npy           (documents + 1,) int64, the first row of each document
+    FAMILY.rows.npy         (items,) int64 sentence rows, domain by domain, train before validation
+    FAMILY.safetensors      centroids (domains, d) float32, starts (domains + 1,), train_ends (domains,) int64
+    manifest.json           written last; its digests tell a whole store from a damaged one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.numpy import load_file, save_file
+
+from supmer_ray.config import PrepareConfig
+from supmer_ray.errors import UserError
+
+SCHEMA_VERSION = 1
+FAMILIES = ("nsp", "nss", "ss")
+"""Adjacent pairs, selection contexts, single sentences (spec, section 3)."""
+
+SENTENCES = "sentences.arrow"
+DOCUMENTS = "documents.npy"
+MANIFEST = "manifest.json"
+
+SCHEMA = pa.schema(
+    [("document", pa.int64()), ("position", pa.int32()), ("text", pa.string()), ("tokens", pa.list_(pa.int32()))]
+)
+BATCH_ROWS = 8192
+"""Rows of every record batch but the last: fixed, so that the file does not depend on how the data arrived."""
+
+VERIFIED_BYTES = 16 * 2**20
+"""Files up to this size are hashed when a store is opened; larger ones are checked by their size."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """What a whole file looks like."""
+
+    bytes: int
+    sha256: str
+
+
+class FamilyRecord(_Record):
+    """Counts of one family; all are 0 where the text has too few neighbouring sentences for it."""
+
+    domains: int
+    items: int
+    train: int
+
+
+class BackboneRecord(_Record):
+    """The frozen model whose tokenizer cut the text and whose encoder embedded it."""
+
+    name: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    d_model: int
+
+
+class Manifest(_Record):
+    """What a store holds and what it was made from.
+
+    Attributes:
+        corpus: SHA-256 over the digests of the documents' texts, in order.
+        settings: the configuration that `prepare` ran with.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    corpus: str
+    documents: int
+    sentences: int
+    tokens: int
+    backbone: BackboneRecord
+    families: dict[str, FamilyRecord]
+    settings: PrepareConfig
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The items of one data family, by domain.
+
+    An item is the row of its first sentence: a sentence (ss), a pair of neighbours i, i + 1 (nsp), or a
+    context i, i + 1 whose follower i + 2 belongs to the same document of at least four sentences (nss).
+
+    Attributes:
+        centroids: (domains, d) float32, mean embedding of each domain's items.
+        items: (items,) int64 sentence rows, domain by domain.
+        starts: (domains + 1,) where each domain's items start in `items`.
+        train_ends: (domains,) where its train items end and its validation items start.
+    """
+
+    centroids: np.ndarray
+    items: np.ndarray
+    starts: np.ndarray
+    train_ends: np.ndarray
+
+    @property
+    def domains(self) -> int:
+        return len(self.centroids)
+
+    def rows(self, domain: int, split: str) -> np.ndarray:
+        """Sentence rows (n,) int64 of a domain's items in `split`, "train" or "validation"."""
+        starts, ends = self._bounds(split)
+        return self.items[starts[domain] : ends[domain]]
+
+    def usable(self, split: str, minimum: int) -> np.ndarray:
+        """The numbers of the domains that have at least `minimum` items in `split`."""
+        starts, ends = self._bounds(split)
+        return np.flatnonzero(ends - starts >= minimum)
+
+    def _bounds(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        if split == "train":
+            return self.starts[:-1], self.train_ends
+        if split == "validation":
+            return self.train_ends, self.starts[1:]
+        raise ValueError(f"split '{split}' is neither 'train' nor 'validation'")
+
+
+class Store:
+    """Read access to a prepared corpus; get one with `Store.open`.
+
+    Example:
+        >>> store = Store.open("runs/store")
+        >>> family = store.family("nsp")
+        >>> row = family.rows(family.usable("train", 32)[0], "train")[0]
+        >>> store.text(row), store.text(row + 1)
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._sentences = Sentences(path)
+        self._families: dict[str, Family] = {}
+
+    @staticmethod
+    def open(path: str | Path) -> Store:
+        """Open the store in folder `path`.
+
+        Raises:
+            UserError: there is no store, another version wrote it, or a file of it is missing or damaged.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        for name, record in manifest.files.items():
+            _verify(folder / name, record)
+        return Store(folder, manifest)
+
+    def __len__(self) -> int:
+        return len(self._sentences)
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Token ids (n,) int32 of a sentence, without special tokens: a read-only view of the file."""
+        return self._sentences.tokens(row)
+
+    def text(self, row: int) -> str:
+        """The sentence in `row`."""
+        return self._sentences.text(row)
+
+    def document(self, row: int) -> int:
+        """Number of the document that holds `row`."""
+        return self._sentences.document(row)
+
+    def document_rows(self, row: int) -> range:
+        """The rows of the document that holds `row`, in reading order."""
+        return self._sentences.document_rows(row)
+
+    def family(self, name: str) -> Family:
+        """One of `FAMILIES`."""
+        if name not in self._families:
+            tables = load_file(self.path / f"{name}.safetensors")
+            self._families[name] = Family(items=_map(self.path / f"{name}.rows.npy"), **tables)
+        return self._families[name]
+
+
+class Sentences:
+    """The sentence table of a store, also while the store is still being built."""
+
+    def __init__(self, folder: Path) -> None:
+        table = Dataset.from_file(str(folder / SENTENCES)).data
+        self._length = table.num_rows
+        self._documents = table.column("document").chunks
+        self._texts = table.column("text").chunks
+        chunks = table.column("tokens").chunks
+        self._tokens = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+        self.starts = _map(folder / DOCUMENTS)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def tokens(self, row: int) -> np.ndarray:
+        batch, place = self._locate(row)
+        offsets, values = self._tokens[batch]
+        return values[offsets[place] : offsets[place + 1]]
+
+    def text(self, row: int) -> str:
+        batch, place = self._locate(row)
+        return self._texts[batch][place].as_py()
+
+    def document(self, row: int) -> int:
+        batch, place = self._locate(row)
+        return self._documents[batch][place].as_py()
+
+    def document_rows(self, row: int) -> range:
+        document = self.document(row)
+        return range(int(self.starts[document]), int(self.starts[document + 1]))
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < self._length:
+            raise IndexError(f"sentence row {row} of {self._length}")
+        batch, place = divmod(int(row), BATCH_ROWS)
+        return batch, place
+
+
+class SentenceWriter:
+    """Streams documents into `sentences.arrow` and `documents.npy` of a folder; memory stays at one batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stream = pa.ipc.new_stream(str(folder / SENTENCES), SCHEMA)
+        self._waiting = SCHEMA.empty_table()
+        self._counts: list[np.ndarray] = []
+        self.documents = 0
+        self.sentences = 0
+        self.tokens = 0
+
+    def write(self, texts: pa.ListArray, tokens: pa.ListArray) -> None:
+        """Append documents: list<string> sentences and list<list<int32>> token ids, one entry a document."""
+        counts = texts.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        total = int(counts.sum())
+        ids = tokens.flatten()
+        table = pa.table(
+            {
+                "document": np.repeat(np.arange(len(counts)) + self.documents, counts),
+                "position": np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts),
+                "text": texts.flatten(),
+                "tokens": ids,
+            }
+        ).cast(SCHEMA)
+        self._waiting = pa.concat_tables([self._waiting, table])
+        while self._waiting.num_rows >= BATCH_ROWS:
+            self._emit(self._waiting.slice(0, BATCH_ROWS))
+            self._waiting = self._waiting.slice(BATCH_ROWS)
+        self._counts.append(counts)
+        self.documents += len(counts)
+        self.sentences += total
+        self.tokens += len(ids.flatten())
+
+    def _emit(self, rows: pa.Table) -> None:
+        # Through IPC once more: a slice carries its neighbours' buffers along, a fresh batch does not.
+        for batch in rows.combine_chunks().to_batches():
+            self._stream.write_batch(batch.take(pa.array(np.arange(batch.num_rows))))
+
+    def close(self) -> None:
+        if self._waiting.num_rows:
+            self._emit(self._waiting)
+        self._stream.close()
+        counts = np.concatenate([np.zeros(1, np.int64), *self._counts])
+        np.save(self._folder / DOCUMENTS, np.cumsum(counts), allow_pickle=False)
+
+    def __enter__(self) -> SentenceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._stream.close()
+
+
+def write_family(folder: Path, name: str, family: Family) -> None:
+    """Write the two files of a family."""
+    np.save(folder / f"{name}.rows.npy", family.items, allow_pickle=False)
+    tables = {"centroids": family.centroids, "starts": family.starts, "train_ends": family.train_ends}
+    save_file(tables, folder / f"{name}.safetensors")
+
+
+def family_record(family: Family) -> FamilyRecord:
+    """The counts that the manifest keeps of a family."""
+    train = int((family.train_ends - family.starts[:-1]).sum())
+    return FamilyRecord(domains=family.domains, items=len(family.items), train=train)
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file that a store consists of, for its manifest."""
+    names = [SENTENCES, DOCUMENTS, *(f"{family}.{kind}" for family in FAMILIES for kind in ("rows.npy", "safetensors"))]
+    return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=_digest(folder / name)) for name in names}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declare the store in `folder` whole."""
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the store in `folder`; its files are not looked at.
+
+    Raises:
+        UserError: there is no store, or another version wrote it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no store at {folder}; make one with 'supmer prepare --out {folder}'.")
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UserError(f"{folder} has no {MANIFEST}, so it is not a store; name the folder that 'supmer prepare' made.")
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = values.get("schema_version")
+    except (ValueError, AttributeError):
+        raise UserError(f"{file} is damaged; prepare the store again.") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"The store {folder} was written by another version (its schema is {version}, this one reads "
+            f"{SCHEMA_VERSION}); prepare it again."
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(f"{file} is damaged at '{key}'; prepare the store again.") from None
+
+
+def _verify(file: Path, record: FileRecord) -> None:
+    if not file.is_file():
+        raise UserError(f"The store's file {file} is missing; prepare the store again.")
+    size = file.stat().st_size
+    if size != record.bytes:
+        raise UserError(f"The store's file {file} has {size} bytes instead of {record.bytes}; prepare the store again.")
+    if size <= VERIFIED_BYTES and _digest(file) != record.sha256:
+        raise UserError(f"The store's file {file} has changed since it was written; prepare the store again.")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _map(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def item_rows(name: str, starts: np.ndarray, first: int, last: int) -> np.ndarray:
+    """The rows in [first, last) that begin an item of a family.
+
+    Args:
+        starts: (documents + 1,) first row of each document, as in `documents.npy`.
+    """
+    rows = np.arange(first, last)
+    document = np.searchsorted(starts, rows, side="right") - 1
+    end = starts[document + 1]
+    if name == "nsp":
+        return rows[rows + 1 < end]
+    if name == "nss":
+        return rows[(rows + 2 < end) & (end - starts[document] >= 4)]
+    return rows
+
+
+def count_items(name: str, starts: Iterable[int]) -> int:
+    """How many items of a family the documents hold."""
+    sizes = np.diff(np.asarray(starts))
+    if name == "nsp":
+        return int(np.maximum(sizes - 1, 0).sum())
+    if name == "nss":
+        return int((sizes[sizes >= 4] - 2).sum())
+    return int(sizes.sum())
