@@ -280,7 +280,9 @@ class SentenceWriter:
     def __enter__(self) -> SentenceWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -321,7 +323,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"There is no store at {folder}; make one with 'supmer prepare --out {folder}'.")
     file = folder / MANIFEST
     if not file.is_file():
-        raise UserError(f"{folder} has no {MANIFEST}, so it is not a store; name the folder that 'supmer prepare' made.")
+        raise UserError(f"{folder} has no {MANIFEST}, so it is no store; name the folder that 'supmer prepare' made.")
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = values.get("schema_version")
