@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from supmer_ray.model.prompted import Rows
@@ -65,6 +66,77 @@ class Examples:
             task=np.concatenate([part.task + first for part, first in zip(parts, tasks, strict=False)]).astype(np.int32),
             vectors=np.concatenate([part.vectors for part in parts]),
         )
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """T meta-tasks, as one worker takes them in one step.
+
+    Attributes:
+        support: the support sets, T of them.
+        query, partner: the query sets and the partner domains' query sets; example i of the one is
+            mixed with example i of the other.
+        domain_similarity: (T,) δ of each task and its partner, in [0, 1].
+        names: T task types, for the metrics.
+    """
+
+    support: Examples
+    query: Examples
+    partner: Examples
+    domain_similarity: np.ndarray
+    names: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.domain_similarity)
+
+    @staticmethod
+    def concat(parts: Sequence[TaskBatch]) -> TaskBatch:
+        """The tasks of all parts, numbered on."""
+        return TaskBatch(
+            support=Examples.concat([part.support for part in parts]),
+            query=Examples.concat([part.query for part in parts]),
+            partner=Examples.concat([part.partner for part in parts]),
+            domain_similarity=np.concatenate([part.domain_similarity for part in parts]),
+            names=[name for part in parts for name in part.names],
+        )
+
+    def to_arrow(self) -> pa.Table:
+        """One Arrow row: every array flat in a list column of its own type, its shape beside it."""
+        columns: dict[str, pa.Array] = {
+            "names": pa.array([list(self.names)], pa.list_(pa.string())),
+            "domain_similarity": _column(self.domain_similarity),
+        }
+        for role in _ROLES:
+            for name, values in vars(getattr(self, role)).items():
+                columns[f"{role}.{name}"] = _column(values.reshape(-1))
+                columns[f"{role}.{name}.shape"] = _column(np.array(values.shape, np.int64))
+        return pa.table(columns)
+
+    @staticmethod
+    def from_arrow(row: pa.Table) -> TaskBatch:
+        """The inverse of `to_arrow`, without a copy where Arrow allows."""
+
+        def values(name: str) -> np.ndarray:
+            return row.column(name).chunk(0)[0].values.to_numpy(zero_copy_only=False)
+
+        def examples(role: str) -> Examples:
+            names = ("tokens", "offsets", "labels", "task", "vectors")
+            return Examples(**{n: values(f"{role}.{n}").reshape(values(f"{role}.{n}.shape")) for n in names})
+
+        return TaskBatch(
+            support=examples("support"),
+            query=examples("query"),
+            partner=examples("partner"),
+            domain_similarity=values("domain_similarity"),
+            names=row.column("names").chunk(0)[0].as_py(),
+        )
+
+
+_ROLES = ("support", "query", "partner")
+
+
+def _column(values: np.ndarray) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))
 
 
 def micro_batches(lengths: np.ndarray, overhead: int, token_budget: int) -> list[np.ndarray]:

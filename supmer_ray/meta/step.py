@@ -1,0 +1,239 @@
+"""The bi-level meta-step (paper, section 3.2 and algorithm 1), for any number of tasks at once.
+
+Support, query and partner examples of some meta-tasks go in; the summed meta-gradients of θ, φ and
+the inner rates come out, with each task's agreement, gate and losses. Every forward holds examples of
+several tasks, each behind its own task's prompt (`model.prompted`), cut into micro-batches by a token
+budget. Sums over micro-batches are exact, because the query loss reaches θ and φ only through the
+adapted prompts θ': its gradient there is summed first, and pulled back through the inner steps once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.prompted import Rows, encode_prompted, label_losses
+from supmer_ray.tasks.batch import Examples, TaskBatch, collate, micro_batches
+
+MIXED_POSITIONS = 2
+"""The decoder positions that carry the mixed target: the sentinel and the label word."""
+
+
+@dataclass(frozen=True)
+class MetaGradients:
+    """What a meta-step found, summed over its T tasks.
+
+    Attributes:
+        prompt: (P, d) Σ_τ ∇_θ L.
+        regularizer: Σ_τ ∇_φ (L + R), one tensor a parameter.
+        inner_rates: (inner steps,) Σ_τ ∇_α L.
+        tasks: (T,) tensors by name: query_loss, support_loss, similarity (s_τ), gate (z),
+            gate_penalty (R), gradient_norm (‖g‖), update_norm (‖ψ‖), update_cosine (cos(g, ψ)).
+        support_gradient, update: (T, P, d) g and ψ of the last inner step.
+        task_embedding: (T, d) h of the last inner step.
+    """
+
+    prompt: Tensor
+    regularizer: list[Tensor]
+    inner_rates: Tensor
+    tasks: dict[str, Tensor]
+    support_gradient: Tensor = field(repr=False)
+    update: Tensor = field(repr=False)
+    task_embedding: Tensor = field(repr=False)
+
+
+class MetaStep:
+    """Computes meta-gradients on one device.
+
+    Args:
+        backbone: the frozen model.
+        regularizer: ψ_φ, or `IdentityRegularizer`.
+        second_order: differentiate through the inner gradients too (exact MAML).
+        token_budget: padded encoder tokens of a micro-batch, prompts included.
+    """
+
+    def __init__(
+        self, backbone: Backbone, regularizer: nn.Module, *, second_order: bool = False, token_budget: int = 4096
+    ) -> None:
+        self.backbone = backbone
+        self.regularizer = regularizer
+        self.second_order = second_order
+        self.token_budget = token_budget
+
+    def __call__(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch, mixing: np.ndarray) -> MetaGradients:
+        """One meta-step.
+
+        Args:
+            prompt: (P, d) θ.
+            inner_rates: (inner steps,) α of each inner step.
+            batch: T tasks.
+            mixing: (queries,) λ of each query example; 1 leaves it alone.
+        """
+        theta = prompt.detach().requires_grad_()
+        rates = inner_rates.detach().requires_grad_()
+        support = self._micro_batches(batch.support, theta.shape[0])
+        adapted = theta.expand(len(batch), *theta.shape)
+        for rate in rates:
+            gradient, embedding, support_loss = self._support_gradient(adapted, batch.support, support)
+            update, gate = self.regularizer(gradient, embedding)
+            adapted = adapted - rate * update
+
+        query_gradient, query_loss = self._query_gradient(adapted, batch, mixing)
+        agreement = torch.cosine_similarity(query_gradient, update.detach(), dim=-1).mean(dim=-1)
+        similarity = (1 + agreement) / 2
+        delta = torch.as_tensor(batch.domain_similarity, dtype=gate.dtype, device=gate.device)
+        penalty = (delta / 2 + similarity / 2 - gate) ** 2
+
+        parameters = list(self.regularizer.parameters())
+        outputs, seeds = [adapted], [query_gradient]
+        if parameters:
+            outputs.append(penalty)
+            seeds.append(torch.ones_like(penalty))
+        prompt_gradient, rate_gradient, *phi_gradients = torch.autograd.grad(
+            outputs, [theta, rates, *parameters], seeds, allow_unused=True, materialize_grads=True
+        )
+        gradient, update = gradient.detach(), update.detach()
+        cosine = torch.cosine_similarity(gradient.flatten(1), update.flatten(1), dim=1)
+        return MetaGradients(
+            prompt=prompt_gradient,
+            regularizer=phi_gradients,
+            inner_rates=rate_gradient,
+            tasks={
+                "query_loss": query_loss,
+                "support_loss": support_loss,
+                "similarity": similarity,
+                "gate": gate.detach(),
+                "gate_penalty": penalty.detach(),
+                "gradient_norm": gradient.flatten(1).norm(dim=1),
+                "update_norm": update.flatten(1).norm(dim=1),
+                "update_cosine": cosine,
+            },
+            support_gradient=gradient,
+            update=update,
+            task_embedding=embedding,
+        )
+
+    def losses(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """Unmixed query losses (T,) and accuracies (T,) after the inner steps: what validation reports.
+
+        An example counts as right when its answer outscores every other answer of its own task type.
+        """
+        adapted = prompt.detach().expand(len(batch), *prompt.shape)
+        support = self._micro_batches(batch.support, prompt.shape[0])
+        for rate in inner_rates:
+            gradient, embedding, _ = self._support_gradient(
+                adapted.detach().requires_grad_(), batch.support, support, differentiable=False
+            )
+            with torch.no_grad():
+                adapted = adapted - rate * self.regularizer(gradient, embedding)[0]
+        losses, right = adapted.new_zeros(len(batch)), adapted.new_zeros(len(batch))
+        counts = self._counts(batch.query, len(batch))
+        answers = [
+            torch.as_tensor(np.unique(batch.support.labels[batch.support.task == t, 1]).astype(np.int64)) for t in range(len(batch))
+        ]
+        with torch.no_grad():
+            for index in self._micro_batches(batch.query, prompt.shape[0]):
+                rows = self._rows(batch.query, index)
+                states, mask = encode_prompted(self.backbone, adapted, rows)
+                logits = self._target_logits(states, mask, rows)
+                own = torch.log_softmax(logits, dim=-1).gather(2, rows.labels[:, :MIXED_POSITIONS, None])[..., 0]
+                losses.index_add_(0, rows.task, -own.sum(dim=1).to(losses.dtype))
+                for i, task in enumerate(rows.task.tolist()):
+                    choice = answers[task].to(logits.device)
+                    right[task] += (choice[logits[i, 1, choice].argmax()] == rows.labels[i, 1]).to(right.dtype)
+        return losses / counts, right / counts
+
+    def _micro_batches(self, examples: Examples, prompt_length: int) -> list[np.ndarray]:
+        return micro_batches(examples.lengths, prompt_length, self.token_budget)
+
+    def _rows(self, examples: Examples, index: np.ndarray, length: int | None = None) -> Rows:
+        backbone = self.backbone
+        return collate(
+            examples, index, pad=backbone.pad, start=backbone.start, length=length, device=backbone.device
+        )
+
+    def _counts(self, examples: Examples, tasks: int) -> Tensor:
+        counts = np.bincount(examples.task, minlength=tasks).astype(np.float32)
+        return torch.from_numpy(counts).to(self.backbone.device)
+
+    def _support_gradient(
+        self, adapted: Tensor, support: Examples, index: list[np.ndarray], *, differentiable: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g (T, P, d), h (T, d) and the support loss (T,) at the prompts `adapted` (T, P, d).
+
+        In second order g keeps its graph to `adapted`; otherwise it is a constant.
+        """
+        second_order = self.second_order and differentiable
+        at = adapted if second_order else adapted.detach().requires_grad_()
+        tasks, _, width = at.shape
+        counts = self._counts(support, tasks).to(at.dtype)
+        gradient = torch.zeros_like(at)
+        embedding, positions = at.new_zeros(tasks, width), at.new_zeros(tasks)
+        loss = at.new_zeros(tasks)
+        for part in index:
+            rows = self._rows(support, part)
+            states, mask = encode_prompted(self.backbone, at, rows)
+            losses = label_losses(self.backbone, states, mask, rows).to(at.dtype) / counts[rows.task]
+            (piece,) = torch.autograd.grad(losses.sum(), at, create_graph=second_order)
+            gradient = gradient + piece
+            # h reads real positions only: padding says nothing about the task.
+            pooled = (states.detach() * mask[..., None]).sum(dim=1).to(at.dtype)
+            embedding.index_add_(0, rows.task, pooled)
+            positions.index_add_(0, rows.task, mask.sum(dim=1).to(at.dtype))
+            loss.index_add_(0, rows.task, losses.detach())
+        return gradient, embedding / positions[:, None], loss
+
+    def _target_logits(self, states: Tensor, mask: Tensor, rows: Rows) -> Tensor:
+        logits = self.backbone.logits(states, mask, rows.decoder_input_ids[:, :MIXED_POSITIONS])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _query_gradient(self, adapted: Tensor, batch: TaskBatch, mixing: np.ndarray) -> tuple[Tensor, Tensor]:
+        """∂L/∂θ' (T, P, d) and L (T,) of the mixed query loss at θ' = `adapted`."""
+        at = adapted.detach().requires_grad_()
+        counts = self._counts(batch.query, len(batch)).to(at.dtype)
+        gradient, loss = torch.zeros_like(at), at.new_zeros(len(batch))
+        prompt_length = at.shape[1]
+        lengths = batch.query.lengths
+        joint = np.maximum(lengths, batch.partner.lengths)
+        # λ = 1 leaves a query alone: its partner need not be encoded at all.
+        for chosen, widths, examples in ((mixing == 1, lengths, 1), (mixing != 1, joint, 2)):
+            where = np.flatnonzero(chosen)
+            for part in micro_batches(widths[where] * examples, prompt_length * examples, self.token_budget):
+                index = where[part]
+                losses, rows = self._mixed_losses(at, batch, index, mixing[index], alone=examples == 1)
+                losses = losses.to(at.dtype) / counts[rows.task]
+                (piece,) = torch.autograd.grad(losses.sum(), at)
+                gradient += piece
+                loss.index_add_(0, rows.task, losses.detach())
+        return gradient, loss
+
+    def _mixed_losses(
+        self, at: Tensor, batch: TaskBatch, index: np.ndarray, mixing: np.ndarray, *, alone: bool
+    ) -> tuple[Tensor, Rows]:
+        """Σ KL(target ‖ p) over the mixed positions, of each example in `index`."""
+        if alone:
+            rows = self._rows(batch.query, index)
+            states, mask = encode_prompted(self.backbone, at, rows)
+            log_p = torch.log_softmax(self._target_logits(states, mask, rows), dim=-1)
+            own = log_p.gather(2, rows.labels[:, :MIXED_POSITIONS, None])[..., 0]
+            return -own.sum(dim=1), rows
+        width = int(np.maximum(batch.query.lengths[index], batch.partner.lengths[index]).max())
+        rows = self._rows(batch.query, index, width)
+        partner = self._rows(batch.partner, index, width)
+        states, mask = encode_prompted(self.backbone, at, rows)
+        partner_states, partner_mask = encode_prompted(self.backbone, at, partner)
+        keep = torch.as_tensor(mixing, dtype=states.dtype, device=states.device)[:, None, None]
+        mixed = keep * states + (1 - keep) * partner_states
+        log_p = torch.log_softmax(self._target_logits(mixed, mask | partner_mask, rows), dim=-1)
+        labels, partner_labels = rows.labels[:, :MIXED_POSITIONS], partner.labels[:, :MIXED_POSITIONS]
+        own = log_p.gather(2, labels[..., None])[..., 0]
+        other = log_p.gather(2, partner_labels[..., None])[..., 0]
+        weight = torch.as_tensor(mixing, dtype=log_p.dtype, device=log_p.device)[:, None]
+        # −H(target): 0 where both labels agree, for the target is then one word.
+        negative_entropy = torch.xlogy(weight, weight) + torch.xlogy(1 - weight, 1 - weight)
+        cross = weight * own + (1 - weight) * other
+        return (torch.where(labels == partner_labels, 0.0, negative_entropy) - cross).sum(dim=1), rows

@@ -1,0 +1,117 @@
+"""The three formats that turn sentences into encoder inputs (paper, section 3.1 and appendix A).
+
+Token ids of sentences go in, one encoder input with a sentinel where the answer belongs comes out. An
+input that would be too long has its sentences shortened, never its frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from supmer_ray.errors import UserError
+from supmer_ray.model.backbone import Backbone
+
+PAIR_ANSWERS = ("yes", "no", "maybe")
+LETTERS = ("A", "B", "C", "D")
+
+Ids = Sequence[int] | np.ndarray
+
+
+def shorten(parts: Sequence[Ids], budget: int) -> list[list[int]]:
+    """Cut the ends of `parts` in proportion until they hold at most `budget` ids; each keeps at least one."""
+    lengths = np.array([len(part) for part in parts])
+    total = int(lengths.sum())
+    if total > budget:
+        lengths = np.maximum(1, lengths * budget // total)
+    return [list(map(int, part[:length])) for part, length in zip(parts, lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The fixed pieces of every format, tokenized once, so that building a task needs no tokenizer.
+
+    Attributes:
+        prefix, suffix: special ids around an encoder input.
+        sentinel, closing: ids around an answer in the decoder's target.
+        words: id of each answer word.
+        option_marks: ids of "? A.", ". B.", ". C.", ". D.".
+        question: ids of ". ? The correct one is".
+        max_length: longest encoder input.
+        anchor_length, candidate_length: longest anchor and candidate of a multiple choice.
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    sentinel: int
+    closing: int
+    words: dict[str, int]
+    option_marks: tuple[tuple[int, ...], ...]
+    question: tuple[int, ...]
+    max_length: int
+    anchor_length: int
+    candidate_length: int
+
+    @staticmethod
+    def of(backbone: Backbone, max_length: int, anchor_length: int, candidate_length: int) -> Formats:
+        """The formats in the vocabulary of `backbone`.
+
+        Raises:
+            UserError: two answers begin with the same token, so that the model could not tell them apart.
+        """
+        answers = (*PAIR_ANSWERS, *LETTERS)
+        words = {word: ids[0] for word, ids in zip(answers, backbone.tokenize(answers), strict=True)}
+        for group in (PAIR_ANSWERS, LETTERS):
+            if len({words[word] for word in group}) < len(group):
+                raise UserError(
+                    f"The tokenizer of '{backbone.name}' begins two of the answers {', '.join(group)} with the same "
+                    "token; choose a backbone whose vocabulary holds them."
+                )
+        marks = backbone.tokenize([("? A." if letter == "A" else f". {letter}.") for letter in LETTERS])
+        return Formats(
+            prefix=tuple(backbone.prefix),
+            suffix=tuple(backbone.suffix),
+            sentinel=backbone.sentinel,
+            closing=backbone.closing,
+            words=words,
+            option_marks=tuple(tuple(mark) for mark in marks),
+            question=tuple(backbone.tokenize([". ? The correct one is"])[0]),
+            max_length=max_length,
+            anchor_length=anchor_length,
+            candidate_length=candidate_length,
+        )
+
+    def target(self, answer: str) -> list[int]:
+        """The decoder's target: (sentinel, answer, closing)."""
+        return [self.sentinel, self.words[answer], self.closing]
+
+    def sentence_pair(self, first: Ids, second: Ids) -> list[int]:
+        """`S1 ⟨sentinel⟩ S2`; too long: both sides shortened in proportion."""
+        room = self.max_length - len(self.prefix) - len(self.suffix) - 1
+        left, right = shorten([first, second], room)
+        return [*self.prefix, *left, self.sentinel, *right, *self.suffix]
+
+    def multiple_choice(self, anchor: Ids, candidates: Sequence[Ids]) -> list[int]:
+        """`ANCHOR ? A. C1 . B. C2 . C. C3 . D. C4 . ? The correct one is ⟨sentinel⟩`.
+
+        The anchor and the candidates keep to their own limits first; if the whole is still too long,
+        all are shortened in proportion.
+        """
+        parts = [anchor[: self.anchor_length], *(candidate[: self.candidate_length] for candidate in candidates)]
+        frame = sum(len(mark) for mark in self.option_marks[: len(candidates)]) + len(self.question) + 1
+        room = self.max_length - frame - len(self.prefix) - len(self.suffix)
+        first, *options = shorten(parts, room)
+        return self._choice(first, options)
+
+    def single_sentence(self, sentence: Ids) -> list[int]:
+        """`SENTENCE ? A. ⟨centroid⟩ . B. ⟨centroid⟩ . …`: option k is vector k, written −1−k."""
+        options = [[-1 - k] for k in range(len(LETTERS))]
+        frame = sum(map(len, self.option_marks)) + len(options) + len(self.question) + 1
+        (cut,) = shorten([sentence], self.max_length - frame - len(self.prefix) - len(self.suffix))
+        return self._choice(cut, options)
+
+    def _choice(self, anchor: list[int], options: list[list[int]]) -> list[int]:
+        listed = [token for mark, option in zip(self.option_marks, options, strict=False) for token in (*mark, *option)]
+        return [*self.prefix, *anchor, *listed, *self.question, self.sentinel, *self.suffix]

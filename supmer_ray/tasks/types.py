@@ -1,0 +1,173 @@
+"""The five self-supervised task types (paper, section 3.1): which sentences, and which answer.
+
+A type draws a meta-task's domains from its family of the store and makes labelled examples of them.
+Everything random comes from the generator that is passed in.
+
+| type | question | answers |
+|---|---|---|
+| nsp | are these two sentences neighbours? | yes, maybe (same document), no |
+| nss | which candidate follows these two sentences? | A B C D |
+| scsp | do these two sentences share a domain? | yes, no |
+| scss | which candidate shares the anchor's domain? | A B C D |
+| scc | which of four centroids is this sentence's domain? | A B C D |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from supmer_ray.data.store import Family, Store
+from supmer_ray.errors import UserError
+from supmer_ray.tasks.batch import Examples
+from supmer_ray.tasks.formats import LETTERS, Formats
+
+FAMILY = {"nsp": "nsp", "nss": "nss", "scsp": "ss", "scss": "ss", "scc": "ss"}
+"""The data family whose clustering gives each task type its domains."""
+
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "nsp": ("yes", "maybe", "no"),
+    "nss": LETTERS,
+    "scsp": ("yes", "no"),
+    "scss": LETTERS,
+    "scc": LETTERS,
+}
+
+DOMAINS_PER_TASK = {"nsp": 1, "nss": 1, "scsp": 1, "scss": 1, "scc": len(LETTERS)}
+
+MINIMUM_ITEMS = 2
+"""Items that a domain needs in a split to be drawn: an anchor and another of its kind."""
+
+
+def domain_similarity(own: np.ndarray, partner: np.ndarray) -> float:
+    """δ = ½(1 + cos(c̄, c̄')), c̄ the mean of the (domains, d) centroids of each side."""
+    a, b = own.mean(axis=0, dtype=np.float64), partner.mean(axis=0, dtype=np.float64)
+    return float((1 + a @ b / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-12)) / 2)
+
+
+def balanced(generator: np.random.Generator, classes: int, count: int) -> np.ndarray:
+    """`count` class numbers in random order, each class as often as any other, give or take one."""
+    order = generator.permutation(classes)
+    return generator.permutation(np.resize(order, count))
+
+
+@dataclass(frozen=True)
+class TaskDraw:
+    """Draws the examples of one meta-task.
+
+    Args:
+        store: where sentences and domains come from.
+        formats: how they are written.
+        name: the task type.
+        split: "train" or "validation": the items that anchors and same-domain partners come from.
+        generator: the source of everything random.
+    """
+
+    store: Store
+    formats: Formats
+    name: str
+    split: str
+    generator: np.random.Generator
+
+    @property
+    def family(self) -> Family:
+        return self.store.family(FAMILY[self.name])
+
+    def domains(self) -> tuple[np.ndarray, np.ndarray]:
+        """The task's domains and its partner's, all different, uniformly from the usable ones.
+
+        Raises:
+            UserError: the store has too few usable domains for this task type.
+        """
+        need = DOMAINS_PER_TASK[self.name]
+        usable = self.family.usable(self.split, MINIMUM_ITEMS)
+        if len(usable) < 2 * need:
+            raise UserError(
+                f"Task type '{self.name}' needs {2 * need} domains with {MINIMUM_ITEMS} or more {self.split} items, and "
+                f"the store has {len(usable)}; prepare it from more text, or leave '{self.name}' out of tasks.mixture."
+            )
+        drawn = self.generator.choice(usable, size=2 * need, replace=False)
+        return drawn[:need], drawn[need:]
+
+    def examples(self, domains: np.ndarray, sizes: Sequence[int]) -> list[Examples]:
+        """Sets of the given sizes over the same domains, each balanced over the answers.
+
+        Items are not repeated between or within the sets while the domains hold enough of them.
+        """
+        items = [self._items(domain) for domain in domains]
+        vectors = self.family.centroids[domains] if self.name == "scc" else None
+        make = getattr(self, f"_{self.name}")
+        sets = []
+        for size in sizes:
+            answers = balanced(self.generator, len(ANSWERS[self.name]), size)
+            inputs = [make(items, int(answer), domains) for answer in answers]
+            targets = [self.formats.target(ANSWERS[self.name][answer]) for answer in answers]
+            sets.append(Examples.of(inputs, targets, vectors))
+        return sets
+
+    def _items(self, domain: int) -> Iterator[int]:
+        """The domain's items in random order, again and again."""
+        rows = self.family.rows(int(domain), self.split)
+        while True:
+            yield from map(int, self.generator.permutation(rows))
+
+    def _other(self, domains: np.ndarray) -> int:
+        """An item of a uniformly drawn other domain of the family."""
+        usable = self.family.usable(self.split, MINIMUM_ITEMS)
+        others = usable[~np.isin(usable, domains)]
+        rows = self.family.rows(int(self.generator.choice(others)), self.split)
+        return int(self.generator.choice(rows))
+
+    def _foreign(self, row: int) -> int:
+        """A sentence of another document than `row`'s."""
+        own = self.store.document_rows(row)
+        drawn = int(self.generator.integers(len(self.store) - len(own)))
+        return drawn if drawn < own.start else drawn + len(own)
+
+    def _same_document(self, row: int, taken: Sequence[int]) -> int | None:
+        """A sentence of `row`'s document that is not in `taken`, if there is one."""
+        free = np.setdiff1d(np.arange(*_ends(self.store.document_rows(row))), np.asarray(taken))
+        return int(self.generator.choice(free)) if len(free) else None
+
+    def _nsp(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+        first = next(items[0])
+        second: int | None = first + 1
+        if ANSWERS["nsp"][answer] == "maybe":
+            second = self._same_document(first, [first - 1, first, first + 1])
+            if second is None:
+                # The middle of three sentences neighbours both others; its follower does not.
+                first += 1
+                second = self._same_document(first, [first - 1, first, first + 1])
+        elif ANSWERS["nsp"][answer] == "no":
+            second = self._foreign(first)
+        assert second is not None, "the store keeps pairs of documents with three or more sentences only"
+        return self.formats.sentence_pair(self.store.tokens(first), self.store.tokens(second))
+
+    def _nss(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+        row = next(items[0])
+        near = self._same_document(row, [row, row + 1, row + 2])
+        distractors = [near if near is not None else self._foreign(row), self._foreign(row), self._foreign(row)]
+        distractors = [int(d) for d in self.generator.permutation(distractors)]
+        candidates = [*distractors[:answer], row + 2, *distractors[answer:]]
+        anchor = np.concatenate([self.store.tokens(row), self.store.tokens(row + 1)])
+        return self.formats.multiple_choice(anchor, [self.store.tokens(c) for c in candidates])
+
+    def _scsp(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+        first = next(items[0])
+        second = next(items[0]) if ANSWERS["scsp"][answer] == "yes" else self._other(domains)
+        return self.formats.sentence_pair(self.store.tokens(first), self.store.tokens(second))
+
+    def _scss(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+        anchor, right = next(items[0]), next(items[0])
+        distractors = [self._other(domains) for _ in range(len(LETTERS) - 1)]
+        candidates = [*distractors[:answer], right, *distractors[answer:]]
+        return self.formats.multiple_choice(self.store.tokens(anchor), [self.store.tokens(c) for c in candidates])
+
+    def _scc(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+        return self.formats.single_sentence(self.store.tokens(next(items[answer])))
+
+
+def _ends(rows: range) -> tuple[int, int]:
+    return rows.start, rows.stop
