@@ -1,0 +1,292 @@
+"""Prompt tuning of many runs at once (spec, section 4): θ ← AdamW(θ, ψ_φ(g; h)), ψ fixed.
+
+A run is one prompt with its K-shot draw: a task, a data seed and a method. Runs differ only in their
+prompt and their examples, so a micro-batch mixes examples of all of them and one backward gives every
+run's gradient; each run's step, choice and result are those it would have alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from supmer_ray.config import AdaptConfig
+from supmer_ray.fewshot.encoding import Split
+from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.prompted import IGNORED, Rows, answer_logits, encode_prompted, label_losses
+from supmer_ray.tasks.batch import Examples, collate, micro_batches
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("adapt" or "test"), how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptRun:
+    """One prompt to adapt.
+
+    Attributes:
+        task: the definition's name.
+        train, dev: the K-shot draw, encoded.
+        verbalizer_ids: (labels,) first token of each label's word.
+        seed: of the order of the training examples.
+        prompt: (P, d) float32 to start from; all runs that adapt together share P.
+        regularizer: ψ, called with (runs, P, d) gradients and (runs, d) task embeddings; runs that
+            share the object are regularized in one call.
+        test: scored once with the chosen prompt; runs may share the object.
+    """
+
+    task: str
+    train: Split
+    dev: Split
+    verbalizer_ids: np.ndarray
+    seed: int
+    prompt: Tensor
+    regularizer: nn.Module
+    test: Split | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A prompt on the dev split; `loss` is the mean −log probability of the right label among the labels."""
+
+    step: int
+    accuracy: float
+    loss: float
+
+    def beats(self, other: Evaluation) -> bool:
+        """Higher accuracy, then lower loss. A loss that is not a number never wins."""
+        if self.accuracy != other.accuracy:
+            return self.accuracy > other.accuracy and not np.isnan(self.loss)
+        return self.loss < other.loss
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptResult:
+    """What came of a run.
+
+    Attributes:
+        prompt: (P, d) float32 on the CPU, the best step's.
+        best: the dev evaluation that chose it; step 0 is the prompt as it was given.
+        test_accuracy: of the chosen prompt; None where the run has no test split.
+        evaluations: every dev evaluation, in order.
+    """
+
+    prompt: Tensor
+    best: Evaluation
+    test_accuracy: float | None
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+
+def vocabulary_prompt(backbone: Backbone, length: int, seed: int, below: int = 5000) -> Tensor:
+    """(length, d) float32: the prompt of plain prompt tuning, rows of random words with ids under `below`."""
+    return backbone.random_rows(length, below, torch.Generator().manual_seed(seed)).cpu()
+
+
+def adapt(
+    backbone: Backbone,
+    runs: Sequence[AdaptRun],
+    config: AdaptConfig,
+    *,
+    token_budget: int = 4096,
+    progress: Progress | None = None,
+) -> list[AdaptResult]:
+    """Adapt every run's prompt and choose its best step on its dev split.
+
+    Args:
+        token_budget: padded tokens of a micro-batch, prompt included.
+
+    Returns:
+        One result for each run, in order.
+    """
+    prompts = nn.Parameter(torch.stack([run.prompt for run in runs]).to(backbone.device))  # (runs, P, d)
+    # AdamW works element by element, so one optimizer over the stack is exactly one for each run.
+    optimizer = torch.optim.AdamW([prompts], lr=config.rate, weight_decay=config.weight_decay)
+    pool, batches = _Pool([run.train.examples for run in runs]), [_batches(run, config.batch) for run in runs]
+    tokens = [run.verbalizer_ids for run in runs]
+    history: list[list[Evaluation]] = [[] for _ in runs]
+    best: list[Evaluation] = []
+    chosen = prompts.detach().clone()
+
+    def evaluate(step: int) -> None:
+        scores = score(
+            backbone, prompts.detach(), [run.dev.examples for run in runs], tokens, token_budget=token_budget
+        )
+        for number, (run, probabilities) in enumerate(zip(runs, scores, strict=True)):
+            evaluation = Evaluation(step, *_accuracy_and_loss(probabilities, run.dev.answers))
+            history[number].append(evaluation)
+            if step == 0:
+                best.append(evaluation)
+            elif evaluation.beats(best[number]):
+                best[number] = evaluation
+                chosen[number] = prompts.detach()[number]
+
+    evaluate(0)
+    for step in range(1, config.steps + 1):
+        drawn = [next(stream) for stream in batches]
+        gradients, embeddings = prompt_gradients(backbone, prompts, pool, drawn, token_budget=token_budget)
+        prompts.grad = _clipped(_regularized(runs, gradients, embeddings), config.clip)
+        optimizer.step()
+        if step % config.evaluate_every == 0 or step == config.steps:
+            evaluate(step)
+        if progress:
+            progress("adapt", step, config.steps)
+
+    accuracies = _test_accuracies(backbone, runs, chosen, token_budget, progress)
+    return [
+        AdaptResult(prompt.float().cpu(), evaluation, accuracy, evaluations)
+        for prompt, evaluation, accuracy, evaluations in zip(chosen, best, accuracies, history, strict=True)
+    ]
+
+
+def score(
+    backbone: Backbone,
+    prompts: Tensor,
+    examples: Sequence[Examples],
+    verbalizer_ids: Sequence[np.ndarray],
+    *,
+    token_budget: int = 4096,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """Probability of every label of every run, for its own examples.
+
+    Args:
+        prompts: (runs, P, d).
+        examples: for each run what to score; runs may share an object.
+        verbalizer_ids: for each run the (labels,) first tokens of its words.
+
+    Returns:
+        For each run (n, labels) float64, rows that sum to 1.
+    """
+    pool = _Pool(examples)
+    rows, task = pool.rows([np.arange(len(part)) for part in examples])
+    labels = max(map(len, verbalizer_ids))
+    # A run with fewer labels repeats its first one in the places that are then masked out.
+    ids = torch.tensor([[*own, *[own[0]] * (labels - len(own))] for own in verbalizer_ids], device=backbone.device)
+    absent = torch.tensor([[number >= len(own) for number in range(labels)] for own in verbalizer_ids]).to(ids.device)
+    result = np.empty((len(rows), labels))
+    done = 0
+    with torch.no_grad():
+        for chosen in micro_batches(pool.lengths[rows], prompts.shape[1], token_budget):
+            batch = pool.collate(backbone, rows[chosen], task[chosen])
+            logits = answer_logits(backbone, *encode_prompted(backbone, prompts, batch)).double()
+            own = logits.gather(1, ids[batch.task]).masked_fill(absent[batch.task], -torch.inf)
+            result[chosen] = own.softmax(dim=1).cpu().numpy()
+            done += len(chosen)
+            if progress:
+                progress("test", done, len(rows))
+    return [result[task == run, : len(own)] for run, own in enumerate(verbalizer_ids)]
+
+
+def prompt_gradients(
+    backbone: Backbone, prompts: Tensor, pool: _Pool, drawn: Sequence[np.ndarray], *, token_budget: int
+) -> tuple[Tensor, Tensor]:
+    """Each run's raw gradient g and task embedding h over its own batch.
+
+    Args:
+        prompts: (runs, P, d), requiring a gradient.
+        drawn: for each run the numbers of its examples in this step.
+
+    Returns:
+        The gradients of each run's mean loss (runs, P, d) and the mean encoder states over its batch's
+        real positions, prompt included, (runs, d).
+    """
+    rows, task = pool.rows(drawn)
+    sizes = torch.tensor([len(numbers) for numbers in drawn], device=prompts.device)
+    gradients = torch.zeros_like(prompts)
+    sums = prompts.new_zeros(len(drawn), prompts.shape[2])
+    positions = prompts.new_zeros(len(drawn))
+    for chosen in micro_batches(pool.lengths[rows], prompts.shape[1], token_budget):
+        batch = pool.collate(backbone, rows[chosen], task[chosen])
+        states, mask = encode_prompted(backbone, prompts, batch)
+        losses = label_losses(backbone, states, mask, batch)
+        gradients += torch.autograd.grad((losses / sizes[batch.task]).sum(), prompts)[0]
+        real = mask.to(sums.dtype)
+        own = torch.einsum("bl,bld->bd", real, states.detach().to(sums.dtype))
+        sums.index_add_(0, batch.task, own)
+        positions.index_add_(0, batch.task, real.sum(dim=1))
+    return gradients, sums / positions[:, None]
+
+
+class _Pool:
+    """The example sets of several runs in one flat array; a set that runs share stands there once."""
+
+    def __init__(self, sets: Sequence[Examples]) -> None:
+        distinct = list({id(part): part for part in sets}.values())
+        width = max(part.labels.shape[1] for part in distinct)
+        self._examples = Examples.concat([replace(part, labels=_widened(part.labels, width)) for part in distinct])
+        starts = np.cumsum([0] + [len(part) for part in distinct])
+        first = {id(part): start for part, start in zip(distinct, starts, strict=False)}
+        self._first = [first[id(part)] for part in sets]
+        self.lengths = self._examples.lengths
+
+    def rows(self, numbers: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """For each run the numbers of some of its examples → rows of the pool, and the run of each."""
+        rows = np.concatenate([own + first for own, first in zip(numbers, self._first, strict=True)])
+        return rows, np.repeat(np.arange(len(numbers)), [len(own) for own in numbers])
+
+    def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray) -> Rows:
+        """These rows of the pool as a padded micro-batch, each with its run's prompt."""
+        batch = collate(self._examples, rows, pad=backbone.pad, start=backbone.start, device=backbone.device)
+        # A shorter word's target is filled up with IGNORED, which is no id that a decoder could read.
+        decoder_ids = batch.decoder_input_ids.masked_fill(batch.decoder_input_ids == IGNORED, backbone.pad)
+        own = torch.from_numpy(task.astype(np.int64)).to(backbone.device)
+        return replace(batch, decoder_input_ids=decoder_ids, task=own)
+
+
+def _widened(labels: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(labels, ((0, 0), (0, width - labels.shape[1])), constant_values=IGNORED)
+
+
+def _batches(run: AdaptRun, size: int) -> Iterator[np.ndarray]:
+    """Numbers of training examples, batch after batch: every epoch a new order, cut without replacement."""
+    generator = np.random.default_rng(run.seed)
+    while True:
+        order = generator.permutation(len(run.train))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+
+@torch.no_grad()
+def _regularized(runs: Sequence[AdaptRun], gradients: Tensor, embeddings: Tensor) -> Tensor:
+    groups: dict[int, list[int]] = {}
+    for number, run in enumerate(runs):
+        groups.setdefault(id(run.regularizer), []).append(number)
+    result = torch.empty_like(gradients)
+    for numbers in groups.values():
+        result[numbers], _ = runs[numbers[0]].regularizer(gradients[numbers], embeddings[numbers])
+    return result
+
+
+def _clipped(gradients: Tensor, limit: float) -> Tensor:
+    norms = gradients.flatten(1).norm(dim=1)
+    return gradients * (limit / (norms + 1e-6)).clamp_max(1.0)[:, None, None]
+
+
+def _accuracy_and_loss(probabilities: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
+    right = probabilities[np.arange(len(answers)), answers]
+    accuracy = float((probabilities.argmax(axis=1) == answers).mean())
+    return accuracy, float(-np.log(np.maximum(right, np.finfo(np.float64).tiny)).mean())
+
+
+def _test_accuracies(
+    backbone: Backbone, runs: Sequence[AdaptRun], prompts: Tensor, token_budget: int, progress: Progress | None
+) -> list[float | None]:
+    accuracies: list[float | None] = [None] * len(runs)
+    tested = [(number, run, run.test) for number, run in enumerate(runs) if run.test is not None]
+    if not tested:
+        return accuracies
+    scores = score(
+        backbone,
+        prompts[[number for number, _, _ in tested]],
+        [test.examples for _, _, test in tested],
+        [run.verbalizer_ids for _, run, _ in tested],
+        token_budget=token_budget,
+        progress=progress,
+    )
+    for (number, _, test), probabilities in zip(tested, scores, strict=True):
+        accuracies[number] = _accuracy_and_loss(probabilities, test.answers)[0]
+    return accuracies

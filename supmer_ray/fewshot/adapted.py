@@ -1,0 +1,178 @@
+"""An adapted task as a folder without a pickle, and labels for new rows from it.
+
+`prompt.safetensors` holds θ; `adapted.json` holds the whole task definition, the backbone's identity,
+the settings and how well it did, and the prompt's digest. `predict` turns a file of rows into the
+same rows with a label and its probability.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import safetensors
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from supmer_ray.config import AdaptConfig, build
+from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.fewshot.adapt import Progress, score
+from supmer_ray.fewshot.definition import TaskDefinition
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
+from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
+from supmer_ray.model.backbone import Backbone, load_backbone
+
+PREDICTED, PROBABILITY = "predicted_label", "probability"
+"""The columns that `predict` adds."""
+
+_PROMPT, _RECORD = "prompt.safetensors", "adapted.json"
+
+
+class AdaptedRecord(BaseModel):
+    """What `adapted.json` says.
+
+    Attributes:
+        definition, pattern: the task, and which of its patterns was used.
+        backbone: name by which the language model was loaded.
+        backbone_fingerprint, tokenizer_fingerprint: what it must be when the prompt is used.
+        regularized: whether a meta-learned ψ was applied to the gradients.
+        prompt_sha256: of prompt.safetensors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    definition: TaskDefinition
+    pattern: int = 0
+    backbone: str
+    backbone_fingerprint: str
+    tokenizer_fingerprint: str
+    config: AdaptConfig
+    seed: int
+    regularized: bool
+    best_step: int
+    dev_accuracy: float
+    test_accuracy: float | None = None
+    prompt_sha256: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A prompt (P, d) with the record of how it came to be."""
+
+    prompt: Tensor
+    record: AdaptedRecord
+
+
+def save_adapted(adapted: Adapted, folder: Path, *, overwrite: bool = False) -> None:
+    """Write the folder in one piece.
+
+    Raises:
+        UserError: it holds something already and `overwrite` is false.
+    """
+    require_new_folder(folder, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    prompt = safetensors.torch.save({"prompt": adapted.prompt.float().contiguous().cpu()})
+    record = adapted.record.model_copy(update={"prompt_sha256": hashlib.sha256(prompt).hexdigest()})
+    (partial / _PROMPT).write_bytes(prompt)
+    (partial / _RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def load_adapted(folder: Path) -> Adapted:
+    """Read the folder and check its digest.
+
+    Raises:
+        UserError: it is no adapted folder, or a file is missing or damaged.
+    """
+    if not (folder / _RECORD).is_file():
+        raise UserError(f"{folder} holds no {_RECORD}; name the folder that adapting a task wrote.")
+    try:
+        values = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = build(AdaptedRecord, values, str(folder / _RECORD))
+        prompt = (folder / _PROMPT).read_bytes()
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+        raise UserError(f"{folder / _RECORD} is damaged; adapt the task again.") from None
+    except FileNotFoundError:
+        raise UserError(f"{folder} lacks {_PROMPT}; adapt the task again.") from None
+    if hashlib.sha256(prompt).hexdigest() != record.prompt_sha256:
+        raise UserError(f"{folder / _PROMPT} is damaged (its digest is not the recorded one); adapt the task again.")
+    return Adapted(safetensors.torch.load(prompt)["prompt"], record)
+
+
+def require_backbone(adapted: Adapted, backbone: Backbone) -> None:
+    """
+    Raises:
+        UserError: the prompt was adapted for another language model or tokenizer.
+    """
+    record = adapted.record
+    known = (record.backbone_fingerprint, record.tokenizer_fingerprint)
+    if known != (backbone.fingerprint, backbone.tokenizer_fingerprint):
+        raise UserError(
+            f"The prompt for task '{record.definition.name}' was adapted for the backbone '{record.backbone}' and "
+            f"'{backbone.name}' has other weights or another vocabulary; adapt the task again for this backbone."
+        )
+
+
+def predict(
+    adapted_folder: Path,
+    input_file: Path,
+    output_file: Path,
+    *,
+    overwrite: bool = False,
+    backbone: Backbone | None = None,
+    token_budget: int = 4096,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Label the rows of a CSV, JSONL or Parquet file.
+
+    Args:
+        backbone: already loaded; unset: load the one that the folder names.
+
+    Returns:
+        What was written: the input's rows in their order, with the columns `predicted_label` and
+        `probability` (of that label among the task's labels).
+
+    Raises:
+        UserError: the output exists, the input lacks a field or has no rows, the folder is damaged or
+            belongs to another backbone. Nothing is written then.
+    """
+    require_ending(output_file)
+    if output_file.exists() and not overwrite:
+        raise UserError(f"The output {output_file} exists; choose another name, or add --overwrite to replace it.")
+    adapted = load_adapted(adapted_folder)
+    record = adapted.record
+    frame = read_table(input_file)
+    require_columns(frame, record.definition.fields, str(input_file))
+    for column in (PREDICTED, PROBABILITY):
+        if column in frame.columns:
+            raise UserError(f"{input_file} already has a column '{column}'; rename it, the prediction goes there.")
+    backbone = backbone or load_backbone(record.backbone)
+    require_backbone(adapted, backbone)
+    limit = input_limit(backbone, len(adapted.prompt), record.config.max_length)
+    encoder = TaskEncoder(backbone, record.definition, max_length=limit, pattern=record.pattern)
+    [probabilities] = score(
+        backbone,
+        adapted.prompt[None].to(backbone.device),
+        [encoder.inputs(frame)],
+        [encoder.verbalizer_ids],
+        token_budget=token_budget,
+        progress=progress,
+    )
+    labels = record.definition.labels
+    frame[PREDICTED] = [labels[number] for number in probabilities.argmax(axis=1)]
+    frame[PROBABILITY] = probabilities.max(axis=1).round(6)
+    write_table(frame, output_file)
+    return frame

@@ -1,0 +1,258 @@
+"""A labelled task as data: one YAML names its rows, text fields, pattern and verbalizers.
+
+In comes a YAML file or the name of a built-in task, out come a checked `TaskDefinition` and, from its
+`read`, the train and test rows. A pattern puts the fields around one {mask}; a verbalizer is the word
+that stands for a label there (Schick and Schütze, 2021). A new task is a new YAML, never new code.
+"""
+
+from __future__ import annotations
+
+import string
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from supmer_ray.config import build, read_yaml
+from supmer_ray.errors import UserError, nearest
+from supmer_ray.fewshot.tables import read_table, require_columns
+
+MASK = "mask"
+"""The name that stands for the answer's place in a pattern."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileSplits(_Section):
+    """Train and test rows in CSV, JSONL or Parquet files; relative paths start at the YAML's folder."""
+
+    train: Path
+    test: Path
+
+
+class SplitNames(_Section):
+    """What a data set calls its train and test rows."""
+
+    train: str = "train"
+    test: str = "test"
+
+
+class DatasetSplits(_Section):
+    """A data set of the hub, or a folder that the `datasets` library reads."""
+
+    name: str
+    config: str | None = None
+    splits: SplitNames = SplitNames()
+
+
+class DataSource(_Section):
+    """Where the rows come from: exactly one of the three."""
+
+    catalog: str | None = None
+    files: FileSplits | None = None
+    dataset: DatasetSplits | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSource:
+        if sum(source is not None for source in (self.catalog, self.files, self.dataset)) != 1:
+            raise ValueError("name exactly one of catalog, files and dataset")
+        return self
+
+
+class TaskDefinition(_Section):
+    """A labelled task: what to read and how to ask the language model about it.
+
+    Attributes:
+        fields: the text columns that the patterns use.
+        label: the column that holds the label; labels are read as text.
+        patterns: each has the fields and one mask in braces, "{text} It was {mask} .".
+        verbalizers: label → word, in the order in which labels are numbered.
+    """
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    data: DataSource
+    fields: tuple[str, ...] = Field(min_length=1)
+    label: str = "label"
+    patterns: tuple[str, ...] = Field(min_length=1)
+    verbalizers: dict[str, str] = Field(min_length=2)
+
+    @field_validator("fields")
+    @classmethod
+    def _fields_are_columns(cls, fields: tuple[str, ...]) -> tuple[str, ...]:
+        if MASK in fields:
+            raise ValueError(f"'{MASK}' stands for the answer's place in a pattern; rename that column")
+        if len(set(fields)) < len(fields):
+            raise ValueError("a field is listed twice")
+        return fields
+
+    @field_validator("patterns")
+    @classmethod
+    def _patterns_are_usable(cls, patterns: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        for pattern in patterns:
+            names = [name for _, name in pattern_parts(pattern) if name is not None]
+            for name in names:
+                if name != MASK and name not in info.data.get("fields", names):
+                    known = [*info.data["fields"], MASK]
+                    raise ValueError(f"pattern '{pattern}' names {{{name}}}, which is no field; {nearest(name, known)}")
+            if names.count(MASK) != 1:
+                raise ValueError(f"pattern '{pattern}' has {names.count(MASK)} times {{{MASK}}}; write it exactly once")
+            if len(names) == 1:
+                raise ValueError(f"pattern '{pattern}' uses no field; write at least one in braces")
+        return patterns
+
+    @field_validator("verbalizers", mode="before")
+    @classmethod
+    def _words_are_text(cls, verbalizers: Any) -> Any:
+        if not isinstance(verbalizers, dict):
+            return verbalizers
+        for label, word in verbalizers.items():
+            for value in (label, word):
+                # YAML turns a bare yes, no, true, false or null into something whose spelling is lost.
+                if value is None or isinstance(value, bool):
+                    raise ValueError(f"'{label}: {word}' holds a word that YAML reads as {value}; put it in quotes")
+            if not str(word).strip():
+                raise ValueError(f"label '{label}' has an empty word; write one")
+        return {str(label): str(word).strip() for label, word in verbalizers.items()}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order of their numbers."""
+        return tuple(self.verbalizers)
+
+    def read(self) -> dict[str, pd.DataFrame]:
+        """The rows: {"train": …, "test": …} with the text columns and the label column, all text.
+
+        Raises:
+            UserError: a file, column or split is missing, a label has no verbalizer (with its row), or
+                the hub cannot be reached.
+        """
+        splits = self._read_splits()
+        return {split: self._checked(frame, where) for split, (frame, where) in splits.items()}
+
+    def _read_splits(self) -> dict[str, tuple[pd.DataFrame, str]]:
+        if self.data.files is not None:
+            files = {"train": self.data.files.train, "test": self.data.files.test}
+            return {split: (read_table(file), str(file)) for split, file in files.items()}
+        if self.data.dataset is not None:
+            return _read_dataset(self.data.dataset, self.label)
+        from supmer_ray.data.catalog import labelled
+
+        frame = labelled(str(self.data.catalog))
+        where = f"catalog task '{self.data.catalog}'"
+        return {
+            split: (frame[frame["split"] == split].reset_index(drop=True), f"{where}, split {split}")
+            for split in ("train", "test")
+        }
+
+    def _checked(self, frame: pd.DataFrame, where: str) -> pd.DataFrame:
+        require_columns(frame, (*self.fields, self.label), where)
+        frame = frame[[*self.fields, self.label]]
+        missing = frame[self.label].isna()
+        if missing.any():
+            row = int(missing.to_numpy().argmax()) + 1
+            raise UserError(f"Row {row} of {where} has no '{self.label}'; give it a label or leave the row out.")
+        texts = field_texts(frame, self.fields)
+        texts[self.label] = frame[self.label].map(str)
+        unknown = ~texts[self.label].isin(self.labels)
+        if unknown.any():
+            row = int(unknown.to_numpy().argmax())
+            label = texts[self.label].iloc[row]
+            raise UserError(
+                f"Row {row + 1} of {where} has the label '{label}', which has no verbalizer in task '{self.name}'; "
+                f"add a line '{label}: WORD' under verbalizers (it has: {', '.join(self.labels)})."
+            )
+        return texts
+
+
+def field_texts(frame: pd.DataFrame, fields: tuple[str, ...]) -> pd.DataFrame:
+    """The text columns as text; a missing cell is an empty text."""
+    return pd.DataFrame({field: ["" if pd.isna(cell) else str(cell) for cell in frame[field]] for field in fields})
+
+
+def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:
+    """The pattern cut at its braces: (text, name of the field or mask behind it, None at the end).
+
+    Raises:
+        ValueError: its braces do not pair up, or hold more than a name.
+    """
+    try:
+        parts = list(string.Formatter().parse(pattern))
+    except ValueError:
+        raise ValueError(
+            f"the braces of pattern '{pattern}' do not pair up; write {{{{ for a brace in the text"
+        ) from None
+    for _, name, form, conversion in parts:
+        if name is not None and (not name or form or conversion):
+            raise ValueError(
+                f"pattern '{pattern}' has more or less than a name in braces; write {{field}} or {{{MASK}}}"
+            )
+    return [(text, name) for text, name, _, _ in parts]
+
+
+def builtin_definitions() -> list[str]:
+    """Names of the tasks that come with the package."""
+    folder = resources.files("supmer_ray.fewshot") / "definitions"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_definition(task: str | Path) -> TaskDefinition:
+    """A task from its YAML file, or a built-in one by name.
+
+    Raises:
+        UserError: there is no such file or task, or a key or value of the YAML is wrong.
+    """
+    file = Path(task)
+    if file.suffix.lower() not in (".yaml", ".yml") and not file.exists():
+        names = builtin_definitions()
+        if str(task) not in names:
+            raise UserError(
+                f"There is no task '{task}'; name a YAML file or a built-in task: {nearest(str(task), names)}"
+            )
+        with resources.as_file(resources.files("supmer_ray.fewshot") / "definitions" / f"{task}.yaml") as builtin:
+            return build(TaskDefinition, read_yaml(builtin), f"the built-in task '{task}'")
+    definition = build(TaskDefinition, read_yaml(file), str(file))
+    return _anchored(definition, file.parent)
+
+
+def _anchored(definition: TaskDefinition, folder: Path) -> TaskDefinition:
+    """The definition with its file paths made absolute, so that it means the same everywhere."""
+    if definition.data.files is None:
+        return definition
+    files = FileSplits(
+        train=(folder / definition.data.files.train).resolve(), test=(folder / definition.data.files.test).resolve()
+    )
+    return definition.model_copy(update={"data": DataSource(files=files)})
+
+
+def _read_dataset(source: DatasetSplits, label: str) -> dict[str, tuple[pd.DataFrame, str]]:
+    import datasets
+
+    folder = Path(source.name)
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(str(folder))
+        else:
+            splits = datasets.load_dataset(source.name, source.config)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"Cannot read the data set '{source.name}' ({reason}); check its name and config and that the hub can be "
+            "reached, or give the rows as files."
+        ) from None
+    frames = {}
+    for split, name in (("train", source.splits.train), ("test", source.splits.test)):
+        if name not in splits:
+            raise UserError(f"The data set '{source.name}' has no split '{name}'; {nearest(name, map(str, splits))}")
+        rows = splits[name]
+        frame = rows.to_pandas()
+        names = getattr(rows.features.get(label), "names", None)
+        if names:
+            # A class label is stored as its number; −1 stands for a label that is kept secret.
+            frame[label] = [names[number] if number >= 0 else str(number) for number in frame[label]]
+        frames[split] = (frame, f"data set '{source.name}', split {name}")
+    return frames

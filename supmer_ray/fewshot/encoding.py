@@ -1,0 +1,173 @@
+"""Rows of a task to token ids: pattern around the fields, the sentinel at the mask, words as targets.
+
+In come rows of text, out come flat `Examples` (framed as the backbone's tokenizer frames a text) and
+the numbers of their labels. A text that is too long loses tokens of its fields, in proportion to their
+lengths and from their ends; the pattern and the mask always stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from supmer_ray.errors import UserError
+from supmer_ray.fewshot.definition import MASK, TaskDefinition, field_texts, pattern_parts
+from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.prompted import IGNORED
+from supmer_ray.tasks.batch import Examples
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Encoded rows and their right answers.
+
+    Attributes:
+        examples: n encoder inputs with the decoder's targets (sentinel, word, closing).
+        answers: (n,) number of each row's label, in the definition's order.
+    """
+
+    examples: Examples
+    answers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+
+def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
+    """Tokens that an encoder input may have beside the prompt: `max_length`, or what the positions leave."""
+    if backbone.max_positions is None:
+        return max_length
+    left = backbone.max_positions - prompt_length
+    if left < 1:
+        raise UserError(
+            f"A prompt of {prompt_length} rows leaves no room in the {backbone.max_positions} positions of "
+            f"'{backbone.name}'; use a shorter prompt or another backbone."
+        )
+    return min(max_length, left)
+
+
+def shortened(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens each text keeps so that all together have at most `room`.
+
+    In proportion to their lengths, rounded up; what that is too much is taken from the longest, so
+    that a single word beside a long passage is the last to go.
+
+    Example:
+        >>> shortened([1, 500], 400)
+        [1, 399]
+    """
+    total = sum(lengths)
+    if total <= room:
+        return list(lengths)
+    kept = [-(-length * room // total) for length in lengths]
+    for _ in range(sum(kept) - room):
+        kept[kept.index(max(kept))] -= 1
+    return kept
+
+
+class TaskEncoder:
+    """Encodes the rows of one task with one of its patterns.
+
+    Args:
+        max_length: of an encoder input with its frame, prompt not counted.
+        pattern: which of the definition's patterns.
+
+    Attributes:
+        verbalizer_ids: (labels,) first token of each label's word, what scoring looks at.
+
+    Raises:
+        UserError: two words begin with the same token, a word is unknown to the tokenizer, or the
+            pattern alone is longer than `max_length`.
+    """
+
+    def __init__(self, backbone: Backbone, definition: TaskDefinition, *, max_length: int, pattern: int = 0) -> None:
+        self.backbone = backbone
+        self.definition = definition
+        # BPE vocabularies (BART) tell " word" from "word"; where the space is a token of its own, or
+        # is added anyway (T5), writing it would change the ids or nothing.
+        spaced, bare = backbone.tokenize([" a", "a"])
+        self._space = " " if len(spaced) == len(bare) else ""
+        special = {*backbone.tokenizer.all_special_ids, backbone.sentinel, backbone.closing}
+        self._special = special - {backbone.tokenizer.unk_token_id}
+        self._parts = self._pattern_tokens(definition.patterns[pattern])
+        fixed = sum(len(tokens) for _, tokens, _ in self._parts)
+        self._room = max_length - fixed - 1 - len(backbone.prefix) - len(backbone.suffix)
+        if self._room < 1:
+            raise UserError(
+                f"Pattern '{definition.patterns[pattern]}' of task '{definition.name}' leaves no room for the text in "
+                f"{max_length} tokens; shorten the pattern or raise max_length."
+            )
+        self._targets = self._target_tokens()
+        self.verbalizer_ids = self._targets[:, 1].astype(np.int64)
+
+    def inputs(self, frame: pd.DataFrame) -> Examples:
+        """The rows' encoder inputs, without targets."""
+        ids = self._input_ids(frame)
+        return Examples.of(ids, [[IGNORED]] * len(ids))
+
+    def split(self, frame: pd.DataFrame) -> Split:
+        """The rows' encoder inputs with the targets of their labels."""
+        numbers = {label: number for number, label in enumerate(self.definition.labels)}
+        answers = frame[self.definition.label].map(numbers).to_numpy(np.int64)
+        return Split(Examples.of(self._input_ids(frame), self._targets[answers].tolist()), answers)
+
+    def _pattern_tokens(self, pattern: str) -> list[tuple[bool, list[int], str | None]]:
+        """The pattern as (whether a space stands before the name, tokens of the text, name)."""
+        parts: list[tuple[bool, list[int], str | None]] = []
+        for text, name in pattern_parts(pattern):
+            spaced = bool(parts) and text[:1].isspace()
+            parts.append((text[-1:].isspace(), self._tokenize([text], spaced=spaced)[0], name))
+        return parts
+
+    def _tokenize(self, texts: Sequence[str], *, spaced: bool) -> list[list[int]]:
+        lead = self._space if spaced else ""
+        stripped = [text.strip() for text in texts]
+        ids = self.backbone.tokenize([lead + text if text else "" for text in stripped])
+        # A text that spells out a special token ("<mask>") must not become one.
+        return [[token for token in row if token not in self._special] for row in ids]
+
+    def _input_ids(self, frame: pd.DataFrame) -> list[list[int]]:
+        texts = field_texts(frame, self.definition.fields)
+        slots = [(spaced, name) for spaced, _, name in self._parts if name not in (None, MASK)]
+        columns = [self._tokenize(texts[name].tolist(), spaced=spaced) for spaced, name in slots]
+        return [self._fill(fields) for fields in zip(*columns, strict=True)]
+
+    def _fill(self, fields: Sequence[list[int]]) -> list[int]:
+        kept = shortened([len(field) for field in fields], self._room)
+        texts = (field[:length] for field, length in zip(fields, kept, strict=True))
+        ids = list(self.backbone.prefix)
+        for _, tokens, name in self._parts:
+            ids += tokens
+            if name == MASK:
+                ids.append(self.backbone.sentinel)
+            elif name is not None:
+                ids += next(texts)
+        return ids + self.backbone.suffix
+
+    def _target_tokens(self) -> np.ndarray:
+        """(labels, T) int32: sentinel, word, closing; shorter words are filled up with `IGNORED`."""
+        labels = self.definition.labels
+        words = self._tokenize(list(self.definition.verbalizers.values()), spaced=True)
+        first: dict[int, str] = {}
+        for label, tokens in zip(labels, words, strict=True):
+            word = self.definition.verbalizers[label]
+            if not tokens or self.backbone.tokenizer.unk_token_id in tokens:
+                raise UserError(
+                    f"The verbalizer '{word}' of label '{label}' in task '{self.definition.name}' is no word of the "
+                    f"tokenizer of '{self.backbone.name}'; choose another word."
+                )
+            if tokens[0] in first:
+                other = first[tokens[0]]
+                raise UserError(
+                    f"The verbalizers '{self.definition.verbalizers[other]}' (label '{other}') and '{word}' (label "
+                    f"'{label}') of task '{self.definition.name}' begin with the same token of '{self.backbone.name}' "
+                    "and could not be told apart; choose another word for one of them."
+                )
+            first[tokens[0]] = label
+        targets = np.full((len(labels), 2 + max(map(len, words))), IGNORED, np.int32)
+        for row, tokens in zip(targets, words, strict=True):
+            row[: len(tokens) + 2] = [self.backbone.sentinel, *tokens, self.backbone.closing]
+        return targets

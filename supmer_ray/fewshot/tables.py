@@ -1,0 +1,101 @@
+"""Rows in files: CSV, JSONL and Parquet in, the same formats out, told apart by the file's ending.
+
+Cells keep what the file says: a CSV cell stays text ("NA", "007"), a JSON integer stays an integer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow
+
+from supmer_ray.errors import UserError
+
+ENDINGS = (".csv", ".jsonl", ".parquet")
+
+
+def require_ending(file: Path) -> str:
+    """The file's ending, lower-cased.
+
+    Raises:
+        UserError: it is none that we read and write.
+    """
+    ending = file.suffix.lower()
+    if ending not in ENDINGS:
+        raise UserError(
+            f"{file} ends in '{ending}'; write a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}."
+        )
+    return ending
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """All rows of `file`, numbered from 0.
+
+    Raises:
+        UserError: the file is missing, is of another format than its ending says, or has no rows.
+    """
+    ending = require_ending(file)
+    try:
+        if ending == ".csv":
+            frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+        elif ending == ".jsonl":
+            frame = _read_jsonl(file)
+        else:
+            # Arrow types survive the round trip: integers with nulls would else come back as floats.
+            frame = pd.read_parquet(file, dtype_backend="pyarrow")
+    except FileNotFoundError:
+        raise UserError(f"There is no file {file}; check the path.") from None
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(f"Cannot read {file} as {ending[1:]} ({reason}); mend the file or its ending.") from None
+    if frame.empty:
+        raise UserError(f"{file} holds no rows; give a file with at least one.")
+    return frame.reset_index(drop=True)
+
+
+def _read_jsonl(file: Path) -> pd.DataFrame:
+    records: list[dict[str, Any]] = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                raise UserError(f"Line {number} of {file} is not JSON; write one JSON object a line.") from None
+            if not isinstance(record, dict):
+                raise UserError(f"Line {number} of {file} is a JSON {type(record).__name__}; write an object.")
+            records.append(record)
+    return pd.DataFrame(records, dtype=object)
+
+
+def require_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -> None:
+    """
+    Raises:
+        UserError: `frame`, which was read from `where`, lacks one of the columns.
+    """
+    for column in columns:
+        if column not in frame.columns:
+            has = ", ".join(map(str, frame.columns))
+            raise UserError(f"{where} has no column '{column}'; its columns are: {has}.")
+
+
+def write_table(frame: pd.DataFrame, file: Path) -> None:
+    """Write `frame` as `file` in one piece: a reader sees the old file or the whole new one."""
+    ending = require_ending(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        if ending == ".csv":
+            frame.to_csv(partial, index=False)
+        elif ending == ".jsonl":
+            frame.to_json(partial, orient="records", lines=True, force_ascii=False, date_format="iso")
+        else:
+            frame.to_parquet(partial, index=False)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
