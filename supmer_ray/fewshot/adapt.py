@@ -8,7 +8,7 @@ run's gradient; each run's step, choice and result are those it would have alone
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,12 +73,14 @@ class AdaptResult:
         best: the dev evaluation that chose it; step 0 is the prompt as it was given.
         test_accuracy: of the chosen prompt; None where the run has no test split.
         evaluations: every dev evaluation, in order.
+        losses: (steps,) mean training loss of each step's batch, before the step.
     """
 
     prompt: Tensor
     best: Evaluation
     test_accuracy: float | None
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[Evaluation]
+    losses: np.ndarray
 
 
 def vocabulary_prompt(backbone: Backbone, length: int, seed: int, below: int = 5000) -> Tensor:
@@ -110,6 +112,7 @@ def adapt(
     history: list[list[Evaluation]] = [[] for _ in runs]
     best: list[Evaluation] = []
     chosen = prompts.detach().clone()
+    losses: list[Tensor] = []
 
     def evaluate(step: int) -> None:
         scores = score(
@@ -127,7 +130,8 @@ def adapt(
     evaluate(0)
     for step in range(1, config.steps + 1):
         drawn = [next(stream) for stream in batches]
-        gradients, embeddings = prompt_gradients(backbone, prompts, pool, drawn, token_budget=token_budget)
+        gradients, embeddings, loss = prompt_gradients(backbone, prompts, pool, drawn, token_budget=token_budget)
+        losses.append(loss)
         prompts.grad = _clipped(_regularized(runs, gradients, embeddings), config.clip)
         optimizer.step()
         if step % config.evaluate_every == 0 or step == config.steps:
@@ -136,9 +140,10 @@ def adapt(
             progress("adapt", step, config.steps)
 
     accuracies = _test_accuracies(backbone, runs, chosen, token_budget, progress)
+    curves = torch.stack(losses, dim=1).cpu().numpy()  # (runs, steps)
     return [
-        AdaptResult(prompt.float().cpu(), evaluation, accuracy, evaluations)
-        for prompt, evaluation, accuracy, evaluations in zip(chosen, best, accuracies, history, strict=True)
+        AdaptResult(chosen[number].float().cpu(), best[number], accuracies[number], history[number], curves[number])
+        for number in range(len(runs))
     ]
 
 
@@ -183,32 +188,33 @@ def score(
 
 def prompt_gradients(
     backbone: Backbone, prompts: Tensor, pool: _Pool, drawn: Sequence[np.ndarray], *, token_budget: int
-) -> tuple[Tensor, Tensor]:
-    """Each run's raw gradient g and task embedding h over its own batch.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each run's raw gradient g, task embedding h and loss over its own batch.
 
     Args:
         prompts: (runs, P, d), requiring a gradient.
         drawn: for each run the numbers of its examples in this step.
 
     Returns:
-        The gradients of each run's mean loss (runs, P, d) and the mean encoder states over its batch's
-        real positions, prompt included, (runs, d).
+        The gradients of each run's mean loss (runs, P, d); the mean encoder states over its batch's real
+        positions, prompt included, (runs, d); the mean losses (runs,).
     """
     rows, task = pool.rows(drawn)
     sizes = torch.tensor([len(numbers) for numbers in drawn], device=prompts.device)
     gradients = torch.zeros_like(prompts)
     sums = prompts.new_zeros(len(drawn), prompts.shape[2])
-    positions = prompts.new_zeros(len(drawn))
+    positions, means = prompts.new_zeros(len(drawn)), prompts.new_zeros(len(drawn))
     for chosen in micro_batches(pool.lengths[rows], prompts.shape[1], token_budget):
         batch = pool.collate(backbone, rows[chosen], task[chosen])
         states, mask = encode_prompted(backbone, prompts, batch)
-        losses = label_losses(backbone, states, mask, batch)
-        gradients += torch.autograd.grad((losses / sizes[batch.task]).sum(), prompts)[0]
+        losses = label_losses(backbone, states, mask, batch) / sizes[batch.task]
+        gradients += torch.autograd.grad(losses.sum(), prompts)[0]
+        means.index_add_(0, batch.task, losses.detach().to(means.dtype))
         real = mask.to(sums.dtype)
         own = torch.einsum("bl,bld->bd", real, states.detach().to(sums.dtype))
         sums.index_add_(0, batch.task, own)
         positions.index_add_(0, batch.task, real.sum(dim=1))
-    return gradients, sums / positions[:, None]
+    return gradients, sums / positions[:, None], means
 
 
 class _Pool:

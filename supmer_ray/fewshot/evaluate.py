@@ -86,9 +86,7 @@ def evaluate(
                 runs.append(AdaptRun(definition.name, train, dev, ids, seed, prompt, regularizer, test))
                 names.append(name)
     results = adapt(backbone, runs, config, token_budget=token_budget, progress=progress)
-    return [
-        Outcome(name, run.task, run.seed, result) for name, run, result in zip(names, runs, results, strict=True)
-    ]
+    return [Outcome(name, run.task, run.seed, result) for name, run, result in zip(names, runs, results, strict=True)]
 
 
 def adapt_task(

@@ -1,0 +1,169 @@
+"""Task definitions: what a YAML may say, and what each mistake answers."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+import yaml
+
+from supmer_ray.errors import UserError
+from supmer_ray.fewshot.definition import builtin_definitions, load_definition, pattern_parts
+
+ROWS = [
+    {"title": "a fine day", "body": "sun and wind", "kind": "good"},
+    {"title": "rain again", "body": "NA", "kind": "bad"},
+]
+
+
+def task(folder: Path, **changes) -> Path:
+    values = {
+        "name": "weather",
+        "data": {"files": {"train": "train.csv", "test": "test.csv"}},
+        "fields": ["title", "body"],
+        "label": "kind",
+        "patterns": ["{title} : {body} It is {mask} ."],
+        "verbalizers": {"good": "great", "bad": "terrible"},
+    } | changes
+    for split in ("train", "test"):
+        pd.DataFrame(ROWS).to_csv(folder / f"{split}.csv", index=False)
+    file = folder / "weather.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    return file
+
+
+def test_reads_files_beside_the_yaml(tmp_path, monkeypatch):
+    file = task(tmp_path)
+    monkeypatch.chdir("/")
+    frames = load_definition(file).read()
+    assert frames["train"].to_dict("records") == ROWS  # the cell "NA" stays text
+    assert list(frames["test"].columns) == ["title", "body", "kind"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_reads_other_formats_with_numbers_for_labels(tmp_path, ending):
+    rows = pd.DataFrame({"title": ["a", "b"], "body": ["c", None], "kind": [0, 1]})
+    file = tmp_path / f"rows{ending}"
+    if ending == ".parquet":
+        rows.to_parquet(file)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows.to_dict("records"))).replace("NaN", "null") + "\n\n")
+    source = {"files": {"train": file.name, "test": file.name}}
+    definition = load_definition(task(tmp_path, data=source, verbalizers={0: "terrible", 1: "great"}))
+    assert definition.labels == ("0", "1")
+    assert definition.read()["train"].to_dict("records") == [
+        {"title": "a", "body": "c", "kind": "0"},
+        {"title": "b", "body": "", "kind": "1"},
+    ]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk):
+    folder = tmp_path / "set"
+    if on_disk:
+        features = datasets.Features(
+            title=datasets.Value("string"),
+            body=datasets.Value("string"),
+            kind=datasets.ClassLabel(names=["bad", "good"]),
+        )
+        rows = datasets.Dataset.from_list([row | {"kind": int(row["kind"] == "good")} for row in ROWS], features)
+        datasets.DatasetDict(train=rows, validation=rows).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        for split in ("train", "validation"):
+            pd.DataFrame(ROWS).to_parquet(folder / f"{split}.parquet")
+    source = {"dataset": {"name": str(folder), "splits": {"train": "train", "test": "validation"}}}
+    frames = load_definition(task(tmp_path, data=source)).read()
+    assert frames["test"]["kind"].tolist() == ["good", "bad"]
+    source["dataset"]["splits"]["test"] = "validatoin"
+    with pytest.raises(UserError, match=r"has no split 'validatoin'; did you mean 'validation'"):
+        load_definition(task(tmp_path, data=source)).read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patterns": ["{titel} It is {mask} ."]}, r"'patterns' in .*weather.yaml.*\{titel\}.*did you mean 'title'"),
+        ({"patterns": ["{title} It is good ."]}, r"has 0 times \{mask\}; write it exactly once"),
+        ({"patterns": ["{title} {mask} {mask}"]}, r"has 2 times \{mask\}"),
+        ({"patterns": ["It is {mask} ."]}, "uses no field"),
+        ({"patterns": ["{title is {mask} ."]}, "more or less than a name in braces|do not pair up"),
+        ({"patterns": ["{title} is} {mask} ."]}, "braces .* do not pair up"),
+        ({"patterns": ["{title!r} is {mask} ."]}, "more or less than a name in braces"),
+        ({"fields": ["title", "mask"]}, "'mask' stands for"),
+        ({"fields": ["title", "title"]}, "listed twice"),
+        ({"verbalizers": {"good": True, "bad": False}}, "YAML reads as False; put it in quotes"),
+        ({"verbalizers": {"good": "great", "bad": " "}}, "label 'bad' has an empty word"),
+        ({"verbalizers": {"good": "great"}}, "'verbalizers' in .*weather.yaml"),
+        ({"verbalizer": {"good": "great"}}, "Unknown key 'verbalizer' in .*weather.yaml; did you mean 'verbalizers'"),
+        ({"data": {"catalog": "bbc-topic", "files": {"train": "a.csv", "test": "b.csv"}}}, "exactly one of catalog"),
+    ],
+)
+def test_refuses_a_wrong_definition(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_definition(task(tmp_path, **changes))
+
+
+def test_names_label_row_and_file_of_a_label_without_verbalizer(tmp_path):
+    definition = load_definition(task(tmp_path, verbalizers={"good": "great", "poor": "terrible"}))
+    with pytest.raises(UserError, match=r"Row 2 of .*train.csv has the label 'bad', .*add a line 'bad: WORD'"):
+        definition.read()
+
+
+def test_names_a_missing_label_column_and_file(tmp_path):
+    definition = load_definition(task(tmp_path))
+    pd.DataFrame(ROWS).drop(columns="kind").to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UserError, match=r"test.csv has no column 'kind'; its columns are: title, body"):
+        definition.read()
+    (tmp_path / "test.csv").write_text("title,body,kind\n")
+    with pytest.raises(UserError, match=r"test.csv holds no rows"):
+        definition.read()
+    (tmp_path / "test.csv").unlink()
+    with pytest.raises(UserError, match=r"no file .*test.csv"):
+        definition.read()
+
+
+def test_names_the_row_without_a_label(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"title": "a", "body": "b", "kind": "good"}\n{"title": "c", "body": "d"}\n')
+    definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}))
+    with pytest.raises(UserError, match=r"Row 2 of .*rows.jsonl has no 'kind'"):
+        definition.read()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.txt", "a", r"ends in '.txt'; write a file that ends in .csv, .jsonl or .parquet"),
+        ("rows.jsonl", '{"a": 1}\n{"a": ', r"Line 2 of .*rows.jsonl is not JSON"),
+        ("rows.jsonl", "[1]\n", r"Line 1 of .*rows.jsonl is a JSON list"),
+        ("rows.parquet", "title,body\n", r"Cannot read .*rows.parquet as parquet"),
+        ("rows.csv", "", r"Cannot read .*rows.csv as csv"),
+    ],
+)
+def test_refuses_a_damaged_file(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    definition = load_definition(task(tmp_path, data={"files": {"train": name, "test": name}}))
+    with pytest.raises(UserError, match=message):
+        definition.read()
+
+
+def test_builtin_definitions_load_and_an_unknown_name_is_answered():
+    names = builtin_definitions()
+    assert {"bbc-topic", "subjectivity", "film-sentiment", "product-sentiment"} <= set(names)
+    for name in names:
+        assert load_definition(name).name == name
+    with pytest.raises(UserError, match=r"no task 'bbc-topics'; .* did you mean 'bbc-topic'"):
+        load_definition("bbc-topics")
+    with pytest.raises(UserError, match=r"Cannot read missing.yaml"):
+        load_definition("missing.yaml")
+
+
+def test_missing_dataset_folder_is_one_sentence(tmp_path):
+    source = {"dataset": {"name": str(tmp_path / "nothing")}}
+    with pytest.raises(UserError, match=r"Cannot read the data set"):
+        load_definition(task(tmp_path, data=source)).read()
+
+
+def test_a_doubled_brace_is_a_brace():
+    assert "".join(text for text, _ in pattern_parts("{{{a}}} is {mask}")) == "{} is "

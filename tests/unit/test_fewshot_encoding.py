@@ -1,0 +1,162 @@
+"""Rows to ids: the pattern whole, one sentinel, never too long, words as targets."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supmer_ray.errors import UserError
+from supmer_ray.fewshot.definition import TaskDefinition
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, shortened
+from supmer_ray.model.backbone import Backbone, load_backbone
+from supmer_ray.model.prompted import IGNORED
+from tests.tiny import make_tiny_t5
+
+TEXT = "the film was great terrible and a fine story about rain question answer yes no in sunny places"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Backbone:
+    return load_backbone(str(make_tiny_t5(tmp_path_factory.mktemp("t5"), [TEXT] * 20)))
+
+
+def definition(pattern: str = "{a} . question {b} ? answer {mask} .", **changes) -> TaskDefinition:
+    return TaskDefinition.model_validate(
+        {
+            "name": "pairs",
+            "data": {"catalog": "pairs"},
+            "fields": ["a", "b"],
+            "patterns": [pattern],
+            "verbalizers": {"1": "great", "0": "terrible"},
+        }
+        | changes
+    )
+
+
+def ids_of(examples, row: int) -> list[int]:
+    return examples.tokens[examples.offsets[row] : examples.offsets[row + 1]].tolist()
+
+
+texts = st.lists(st.sampled_from([*WORDS, "<extra_id_0>", "</s>", "<pad>", "zebra", "{mask}", " "]), max_size=60).map(
+    " ".join
+)
+
+
+@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=4), limit=st.integers(12, 80))
+def test_pattern_whole_one_sentinel_never_too_long(backbone, rows, limit):
+    encoder = TaskEncoder(backbone, definition(), max_length=limit)
+    examples = encoder.inputs(pd.DataFrame(rows, columns=["a", "b"]))
+    first, second = backbone.tokenize([". question", "? answer"])
+    [end] = backbone.tokenize(["."])
+    for row in range(len(rows)):
+        ids = ids_of(examples, row)
+        assert len(ids) <= limit
+        assert ids.count(backbone.sentinel) == 1
+        assert ids[-3:] == [backbone.sentinel, *end, *backbone.suffix]
+        bare = [token for token in ids if token not in (backbone.sentinel, *backbone.suffix)]
+        joined = " ".join(map(str, bare))
+        assert " ".join(map(str, first)) in joined and " ".join(map(str, second)) in joined
+        assert ids.count(backbone.closing) == 0 and ids.count(backbone.pad) == 0
+
+
+@given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=5), room=st.integers(0, 500))
+def test_shortening_is_proportional_and_exact(lengths, room):
+    kept = shortened(lengths, room)
+    assert sum(kept) == min(room, sum(lengths))
+    assert all(0 <= keep <= length for keep, length in zip(kept, lengths, strict=True))
+    if room >= len(lengths):
+        assert all(keep > 0 for keep, length in zip(kept, lengths, strict=True) if length)
+    if sum(lengths) > room:
+        for keep, length in zip(kept, lengths, strict=True):
+            assert abs(keep - length * room / sum(lengths)) <= len(lengths)
+
+
+def test_reads_as_the_pattern_says(backbone):
+    rows = pd.DataFrame({"a": ["the film"], "b": ["fine story"]})
+    encoder = TaskEncoder(backbone, definition("{b} : {a}{b} was {mask}"), max_length=50)
+    expected = backbone.tokenize(["fine story : the film fine story was"])[0]
+    assert ids_of(encoder.inputs(rows), 0) == [*backbone.prefix, *expected, backbone.sentinel, *backbone.suffix]
+
+
+def test_targets_and_answers(backbone):
+    rows = pd.DataFrame({"a": ["the film", "rain"], "b": ["a", "b"], "label": ["0", "1"]})
+    split = TaskEncoder(backbone, definition(verbalizers={"1": "great", "0": "terrible rain"}), max_length=50).split(
+        rows
+    )
+    great, terrible, rain = (tokens[0] for tokens in backbone.tokenize(["great", "terrible", "rain"]))
+    assert split.answers.tolist() == [1, 0]
+    assert split.examples.labels.tolist() == [
+        [backbone.sentinel, terrible, rain, backbone.closing],
+        [backbone.sentinel, great, backbone.closing, IGNORED],
+    ]
+
+
+def test_bart_words_keep_their_leading_space(tmp_path):
+    """A byte-level BPE tells " great" from "great": inside a text the spaced word is meant."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS), " ".join(reversed(WORDS))] * 20, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        sep_token="</s>",
+        cls_token="<s>",
+    )
+    config = BartConfig(
+        vocab_size=len(fast),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+    )
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    bart = load_backbone(str(tmp_path))
+    encoder = TaskEncoder(bart, definition("{a} was {mask} and {b}"), max_length=50)
+    assert encoder.verbalizer_ids.tolist() == [row[0] for row in bart.tokenize([" great", " terrible"])]
+    before, after = bart.tokenize(["the film was", " and rain"])
+    rows = pd.DataFrame({"a": ["the film <mask>"], "b": [" rain "]})
+    ids = ids_of(encoder.inputs(rows), 0)
+    expected = [*bart.prefix, *before, bart.sentinel, *after, *bart.suffix]
+    spaces = set(bart.tokenize([" "])[0])  # the space before the dropped "<mask>" remains
+    assert [token for token in ids if token not in spaces] == expected
+    assert input_limit(bart, 10, 412) == 54
+    with pytest.raises(UserError, match=r"prompt of 64 rows leaves no room in the 64 positions"):
+        input_limit(bart, 64, 412)
+
+
+def test_refuses_words_that_cannot_be_told_apart_or_are_unknown(backbone):
+    with pytest.raises(UserError, match=r"'great' \(label '1'\) and 'great film' \(label '0'\) .* same token"):
+        TaskEncoder(backbone, definition(verbalizers={"1": "great", "0": "great film"}), max_length=50)
+    with pytest.raises(UserError, match=r"verbalizer '☃' of label '0' .* is no word of the tokenizer"):
+        TaskEncoder(backbone, definition(verbalizers={"1": "great", "0": "☃"}), max_length=50)
+    with pytest.raises(UserError, match=r"leaves no room for the text in 7 tokens"):
+        TaskEncoder(backbone, definition(), max_length=7)
+
+
+def test_verbalizer_ids_are_what_the_targets_ask_for(backbone):
+    encoder = TaskEncoder(backbone, definition(), max_length=50)
+    rows = pd.DataFrame({"a": ["x", "y"], "b": ["", ""], "label": ["1", "0"]})
+    np.testing.assert_array_equal(encoder.split(rows).examples.labels[:, 1], encoder.verbalizer_ids)
