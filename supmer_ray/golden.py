@@ -152,4 +152,4 @@ def differences(golden: Golden) -> dict[str, float]:
 def _domain_similarity(golden: Golden, facts: dict[str, Any]) -> tuple[float, float]:
     centroids = golden.tensors["cluster_centroids"].numpy()
     own, partner = facts["domains"]
-    return domain_similarity(centroids[[own]], centroids[[partner]]), facts["domain_sim"]
+    return domain_similarity(centroids[np.atleast_1d(own)], centroids[np.atleast_1d(partner)]), facts["domain_sim"]

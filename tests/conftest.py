@@ -1,1 +1,5 @@
-"""Its presence puts this folder on the import path, so that every test can say `from tiny import make_tiny_t5`."""
+"""What all tests share: one thread for torch, whose pool only slows tiny models down."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")

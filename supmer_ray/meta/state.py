@@ -127,7 +127,10 @@ class MetaState:
         Args:
             identity: what the checkpoint belongs to: the backbone's name and fingerprint, the store's.
         """
-        save_file({"prompt": self.prompt.detach().cpu(), "inner_rates": self.inner_rates().cpu()}, folder / "prompt.safetensors")
+        save_file(
+            {"prompt": self.prompt.detach().cpu(), "inner_rates": self.inner_rates().cpu()},
+            folder / "prompt.safetensors",
+        )
         if phi := {name: value.detach().cpu().contiguous() for name, value in self.regularizer.named_parameters()}:
             save_file(phi, folder / "regularizer.safetensors")
         moments = {
@@ -211,3 +214,8 @@ def load_checkpoint(folder: Path, backbone: Backbone) -> Checkpoint:
     if config.regularizer.enabled:
         regularizer.load_state_dict(load_file(folder / "regularizer.safetensors", device=str(backbone.device)))
     return Checkpoint(prompt, regularizer, config, description)
+
+
+def backbone_name(folder: Path) -> str:
+    """The name of the backbone that the checkpoint in `folder` was made for."""
+    return read_sealed(folder, "a checkpoint")["backbone"]["name"]

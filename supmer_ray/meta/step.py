@@ -9,11 +9,13 @@ adapted prompts θ': its gradient there is summed first, and pulled back through
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.prompted import Rows, encode_prompted, label_losses
@@ -73,6 +75,13 @@ class MetaStep:
             batch: T tasks.
             mixing: (queries,) λ of each query example; 1 leaves it alone.
         """
+        # Fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if self.second_order else nullcontext():
+            return self._meta_gradients(prompt, inner_rates, batch, mixing)
+
+    def _meta_gradients(
+        self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch, mixing: np.ndarray
+    ) -> MetaGradients:
         theta = prompt.detach().requires_grad_()
         rates = inner_rates.detach().requires_grad_()
         support = self._micro_batches(batch.support, theta.shape[0])
@@ -133,7 +142,8 @@ class MetaStep:
         losses, right = adapted.new_zeros(len(batch)), adapted.new_zeros(len(batch))
         counts = self._counts(batch.query, len(batch))
         answers = [
-            torch.as_tensor(np.unique(batch.support.labels[batch.support.task == t, 1]).astype(np.int64)) for t in range(len(batch))
+            torch.as_tensor(np.unique(batch.support.labels[batch.support.task == t, 1]).astype(np.int64))
+            for t in range(len(batch))
         ]
         with torch.no_grad():
             for index in self._micro_batches(batch.query, prompt.shape[0]):
@@ -152,9 +162,7 @@ class MetaStep:
 
     def _rows(self, examples: Examples, index: np.ndarray, length: int | None = None) -> Rows:
         backbone = self.backbone
-        return collate(
-            examples, index, pad=backbone.pad, start=backbone.start, length=length, device=backbone.device
-        )
+        return collate(examples, index, pad=backbone.pad, start=backbone.start, length=length, device=backbone.device)
 
     def _counts(self, examples: Examples, tasks: int) -> Tensor:
         counts = np.bincount(examples.task, minlength=tasks).astype(np.float32)

@@ -66,7 +66,9 @@ def label_losses(backbone: Backbone, states: Tensor, mask: Tensor, rows: Rows) -
     """Σ_t −log p(y_t | y_<t, [θ; x]) of each example, (B,), in float32 or wider."""
     logits = backbone.logits(states, mask, rows.decoder_input_ids)
     wide = logits.float() if logits.dtype != torch.float64 else logits
-    losses = torch.nn.functional.cross_entropy(wide.transpose(1, 2), rows.labels, ignore_index=IGNORED, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        wide.transpose(1, 2), rows.labels, ignore_index=IGNORED, reduction="none"
+    )
     return losses.sum(dim=1)
 
 

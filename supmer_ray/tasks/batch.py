@@ -43,7 +43,9 @@ class Examples:
         return np.diff(self.offsets)
 
     @staticmethod
-    def of(inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], vectors: np.ndarray | None = None) -> Examples:
+    def of(
+        inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], vectors: np.ndarray | None = None
+    ) -> Examples:
         """Examples of one task (number 0) from lists of ids."""
         lengths = [len(ids) for ids in inputs]
         return Examples(
@@ -63,7 +65,9 @@ class Examples:
             tokens=np.concatenate([part.tokens for part in parts]),
             offsets=np.concatenate([[0], *(part.offsets[1:] + size for part, size in zip(parts, sizes, strict=False))]),
             labels=np.concatenate([part.labels for part in parts]),
-            task=np.concatenate([part.task + first for part, first in zip(parts, tasks, strict=False)]).astype(np.int32),
+            task=np.concatenate([part.task + first for part, first in zip(parts, tasks, strict=False)]).astype(
+                np.int32
+            ),
             vectors=np.concatenate([part.vectors for part in parts]),
         )
 

@@ -78,9 +78,7 @@ class TaskBuilder:
 class _ShardActor:
     """A Ray Data actor: step numbers in, one packed `TaskBatch` a row out. It opens the store once."""
 
-    def __init__(
-        self, store: Path, formats: Formats, config: TasksConfig, seed: int, rank: int, workers: int
-    ) -> None:
+    def __init__(self, store: Path, formats: Formats, config: TasksConfig, seed: int, rank: int, workers: int) -> None:
         self.builder = TaskBuilder(Store.open(store), formats, config, seed)
         self.rank, self.workers = rank, workers
 

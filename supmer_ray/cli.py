@@ -1,0 +1,187 @@
+"""The command line: parsing only. Every verb calls the Python function of the same name.
+
+Torch and Ray are imported inside the verbs, so that `supmer --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from supmer_ray.config import AdaptConfig, PrepareConfig, build, load_run_config, override
+from supmer_ray.errors import UserError, require_new_folder
+
+app = typer.Typer(
+    help="Learn a universal soft prompt and a gradient regularizer from unlabeled text, on Ray (SUPMER).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output already holds.")]
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        list[str],
+        typer.Option(help="Text: files, a folder, JSONL, Parquet, CSV, a datasets folder, a catalog name; repeatable."),
+    ],
+    out: Out,
+    backbone: Annotated[str, typer.Option(help="'embedded', a folder, or a hub name.")] = "embedded",
+    domains: Annotated[int, typer.Option(help="Domains (clusters) of each data family.")] = 250,
+    max_documents: Annotated[int | None, typer.Option(help="Read at most this many documents of each source.")] = None,
+    seed: int = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut text into sentences, embed them and cluster them into domains."""
+    values = {
+        "sources": tuple(source),
+        "backbone": backbone,
+        "domains": domains,
+        "max_documents": max_documents,
+        "seed": seed,
+    }
+    config = build(PrepareConfig, values, "the command line")
+    require_new_folder(out, overwrite=overwrite)
+    from supmer_ray.quickstart import run_prepare
+
+    store = run_prepare(config, out, overwrite=overwrite)
+    manifest = store.manifest
+    print(f"{out}: {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} tokens")
+    for name, family in manifest.families.items():
+        print(f"  {name}: {family.items:,} items in {family.domains} domains")
+
+
+@app.command()
+def train(
+    store: Annotated[Path, typer.Option(help="What 'supmer prepare' wrote.")],
+    out: Out,
+    config: Annotated[Path | None, typer.Option(help="YAML file; unset: the paper's settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, for example meta.steps=500; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
+    run_config = load_run_config(config, set_ or ())
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    from supmer_ray.quickstart import run_train
+
+    result = run_train(run_config, store, out, resume=resume, overwrite=overwrite)
+    print(f"{result.checkpoint}: the meta-trained prompt and regularizer ({result.metrics} has one row a step)")
+
+
+@app.command()
+def adapt(
+    task: Annotated[str, typer.Option(help="A task's YAML file, or the name of a built-in task.")],
+    out: Out,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="RUN/checkpoint; unset: plain prompt tuning from vocabulary rows.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Unset: the checkpoint's, or 'embedded'.")] = None,
+    shots: Annotated[int, typer.Option(help="K, examples a class to train on, and as many for the dev split.")] = 16,
+    steps: int = 200,
+    seed: Annotated[int, typer.Option(help="Data seed: which K examples, and their order.")] = 0,
+    prompt_length: Annotated[int, typer.Option(help="Rows of the prompt where there is no checkpoint.")] = 10,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Another setting, for example rate=0.05.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Adapt a prompt to a labelled task from K examples a class."""
+    config = build(AdaptConfig, override({"shots": shots, "steps": steps}, set_ or ()), "the command line")
+    require_new_folder(out, overwrite=overwrite)
+    from supmer_ray.console import stage
+    from supmer_ray.fewshot.definition import load_definition
+    from supmer_ray.fewshot.evaluate import adapt_task
+    from supmer_ray.meta.state import backbone_name, load_checkpoint
+    from supmer_ray.model.backbone import load_backbone
+
+    definition = load_definition(task)
+    model = load_backbone(backbone or (backbone_name(checkpoint) if checkpoint else "embedded"))
+    learned = load_checkpoint(checkpoint, model) if checkpoint else None
+    with stage(f"Adapting to {definition.name}", "steps") as line:
+        outcome = adapt_task(
+            model,
+            definition,
+            learned,
+            seed,
+            config,
+            out,
+            prompt_length=len(learned.prompt) if learned else prompt_length,
+            overwrite=overwrite,
+            progress=_stages(
+                {"adapt": f"Adapting to {definition.name}", "test": "Scoring the test split"}, line.update
+            ),
+        )
+    print(
+        f"{out}: {definition.name}, dev accuracy {outcome.result.best.accuracy:.3f} (step {outcome.result.best.step}), "
+        f"test accuracy {outcome.result.test_accuracy:.3f}"
+    )
+
+
+@app.command()
+def predict(
+    adapted: Annotated[Path, typer.Option(help="What 'supmer adapt' wrote.")],
+    input: Annotated[Path, typer.Option(help="CSV, JSONL or Parquet with the task's text fields.")],
+    output: Annotated[Path, typer.Option(help="CSV, JSONL or Parquet to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Label the rows of a file, in order, each with its probability."""
+    from supmer_ray.console import stage
+    from supmer_ray.fewshot.adapted import predict as predict_file
+
+    with stage(f"Labelling {input}", "rows") as line:
+        rows = predict_file(
+            adapted, input, output, overwrite=overwrite, progress=lambda _, done, total: line.update(done, total)
+        )
+    print(f"{output}: {len(rows):,} rows with predicted_label and probability")
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
+    overwrite: Overwrite = False,
+) -> None:
+    """The whole way on real text, in ten minutes on two cores: prepare, meta-train, adapt, compare."""
+    require_new_folder(out, overwrite=overwrite)
+    from supmer_ray.quickstart import quickstart as run
+
+    run(out, overwrite=overwrite)
+
+
+@app.command()
+def doctor(
+    golden: Annotated[
+        Path | None, typer.Option(help="Replay the meta-step on this .safetensors file (its .json beside it).")
+    ] = None,
+) -> None:
+    """Say what this machine and cluster have and what a run would use, or replay a golden file."""
+    from supmer_ray import doctor as examine
+
+    if golden:
+        raise typer.Exit(examine.replay(golden))
+    examine.describe()
+
+
+def _stages(titles: dict[str, str], update: Callable[..., Any]) -> Callable[[str, int, int], None]:
+    """A progress callback that shows each named stage under its title."""
+    return lambda name, done, total: update(done, total, title=titles[name])
+
+
+def main() -> None:
+    """Entry point of the `supmer` command: a user's mistake is one sentence and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"supmer: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("supmer: stopped.", file=sys.stderr)
+        sys.exit(130)

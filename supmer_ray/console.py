@@ -1,0 +1,118 @@
+"""What long work shows of itself: one live line a stage in a terminal, plain lines in a log.
+
+A line says what is worked on, how far it is, how fast, and how long it will take. It goes to standard
+error, so that standard output holds results only.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+LOG_SECONDS = 15.0
+"""How often a stage writes a line where there is no terminal."""
+
+errors = Console(stderr=True, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "1:02:03", "2:03" or "7 s"."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+class StageLine:
+    """The line of one stage. Call `update` as often as you like; it writes no more than is readable."""
+
+    def __init__(self, title: str, unit: str, *, live: bool) -> None:
+        self._bar: Progress | None = None
+        if live:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, console=errors, refresh_per_second=4)
+            self._bar.start()
+        self._begin(title, unit)
+
+    def _begin(self, title: str, unit: str) -> None:
+        self.title, self.unit = title, unit
+        self._started = self._written = time.monotonic()
+        self._done, self._total, self._note = 0, 0, ""
+        if self._bar:
+            self._task: TaskID = self._bar.add_task(title, total=None, text="")
+
+    def update(
+        self, done: int, total: int | None = None, note: str = "", *, title: str | None = None, unit: str | None = None
+    ) -> None:
+        """Say how much is done, of how much, and anything worth knowing now (a loss, for example).
+
+        A new `title` ends the stage before it and begins the next.
+        """
+        if title and title != self.title:
+            if self._done:
+                self.end()
+            elif self._bar:
+                self._bar.remove_task(self._task)
+            self._begin(title, unit or self.unit)
+        self._done, self._total, self._note = done, total or 0, note
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total, text=self._text())
+        elif time.monotonic() - self._written > LOG_SECONDS:
+            self._written = time.monotonic()
+            errors.print(f"{self.title}: {self._text()}", soft_wrap=True)
+
+    def train_row(self, steps: int) -> Callable[[dict[str, Any]], None]:
+        """A callback for the rows of a run's metrics file."""
+
+        def show(row: dict[str, Any]) -> None:
+            if row["kind"] == "step":
+                note = f"loss {row['query_loss']:.3f} ({row['task_type']}), s {row['running_similarity'] or 0:.2f}"
+                self.update(row["step"], steps, note)
+
+        return show
+
+    def _text(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        rate = self._done / seconds
+        parts = [f"{self._done:,}/{self._total:,} {self.unit}" if self._total else f"{self._done:,} {self.unit}"]
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s")
+        if self._total and rate > 0:
+            parts.append(f"{duration((self._total - self._done) / rate)} left")
+        return ", ".join([*parts, *([self._note] if self._note else [])])
+
+    def end(self) -> None:
+        """Leave one final line for the stage."""
+        seconds = duration(time.monotonic() - self._started)
+        text = ", ".join(
+            filter(None, [f"{self._done:,} {self.unit} in {seconds}" if self._done else seconds, self._note])
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, total=self._done or 1, text=text)
+        else:
+            errors.print(f"{self.title}: {text}", soft_wrap=True)
+
+    def close(self, *, ok: bool) -> None:
+        """End the last stage, if it ended well, and give the terminal back."""
+        if ok:
+            self.end()
+        if self._bar:
+            self._bar.stop()
+
+
+@contextmanager
+def stage(title: str, unit: str) -> Iterator[StageLine]:
+    """Show a stage while the block runs."""
+    line = StageLine(title, unit, live=sys.stderr.isatty())
+    try:
+        yield line
+    except BaseException:
+        line.close(ok=False)
+        raise
+    line.close(ok=True)

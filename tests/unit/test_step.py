@@ -1,0 +1,191 @@
+"""The meta-step on a tiny T5: padding, micro-batches, mixing, both orders, and what validation counts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from supmer_ray.meta.step import MetaStep
+from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
+from supmer_ray.tasks.batch import Examples, TaskBatch
+
+VOCABULARY, WIDTH, PROMPT = 60, 16, 3
+SENTINEL, CLOSING = 58, 59
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.1,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    own = Backbone(T5ForConditionalGeneration(config).double(), None, "tiny")
+    own.pad = 0
+    return own
+
+
+@pytest.fixture(scope="module")
+def exact_backbone():
+    """A BART: every operation of it is float64, where T5 takes a norm in float32, too coarse for differences."""
+    torch.manual_seed(3)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
+        init_std=0.3, decoder_start_token_id=0, pad_token_id=0, bos_token_id=1, eos_token_id=CLOSING,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    own = Backbone(BartForConditionalGeneration(config).double(), None, "tiny-bart")
+    own.pad = 0
+    return own
+
+
+@pytest.fixture
+def regularizer():
+    torch.manual_seed(4)
+    return Regularizer(WIDTH, rank=5, gate_hidden=6).double()
+
+
+def examples(generator, tasks, each, longest=9, vectors=False):
+    parts = []
+    for _ in range(tasks):
+        inputs = [generator.integers(2, 58, generator.integers(2, longest)).tolist() for _ in range(each)]
+        if vectors:
+            inputs = [[-1 - int(generator.integers(2)), *ids] for ids in inputs]
+        labels = [[SENTINEL, int(generator.integers(10, 13)), CLOSING] for _ in range(each)]
+        parts.append(Examples.of(inputs, labels, generator.normal(size=(2, WIDTH)) if vectors else None))
+    return Examples.concat(parts)
+
+
+def make_batch(seed=0, tasks=3, vectors=False):
+    generator = np.random.default_rng(seed)
+    sets = [examples(generator, tasks, each, vectors=vectors) for each in (4, 6, 6)]
+    return TaskBatch(*sets, generator.random(tasks), ["nsp"] * tasks)
+
+
+def make_prompt(seed=5):
+    return torch.randn(PROMPT, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+RATES = torch.tensor([0.4], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("token_budget", [1, 40, 100])
+def test_micro_batches_give_the_gradient_of_one_batch(backbone, regularizer, token_budget, vectors):
+    batch = make_batch(vectors=vectors)
+    mixing = np.repeat([1.0, 0.3, 0.8], 6)
+    whole = MetaStep(backbone, regularizer, token_budget=1 << 20)(make_prompt(), RATES, batch, mixing)
+    cut = MetaStep(backbone, regularizer, token_budget=token_budget)(make_prompt(), RATES, batch, mixing)
+    torch.testing.assert_close(cut.prompt, whole.prompt, rtol=1e-7, atol=1e-10)
+    for name, value in whole.tasks.items():
+        torch.testing.assert_close(cut.tasks[name], value, rtol=1e-7, atol=1e-10)
+
+
+def test_several_tasks_give_the_sum_of_each_alone(backbone, regularizer):
+    step, prompt = MetaStep(backbone, regularizer), make_prompt()
+    batches = [make_batch(seed, tasks=1) for seed in (1, 2, 3)]
+    mixing = np.full(6, 0.7)
+    together = step(prompt, RATES, TaskBatch.concat(batches), np.tile(mixing, 3))
+    alone = [step(prompt, RATES, batch, mixing) for batch in batches]
+    torch.testing.assert_close(together.prompt, sum(one.prompt for one in alone), rtol=1e-9, atol=1e-12)
+    for number, gradient in enumerate(together.regularizer):
+        torch.testing.assert_close(gradient, sum(one.regularizer[number] for one in alone), rtol=1e-9, atol=1e-12)
+
+
+def test_padding_does_not_reach_the_task_embedding(backbone, regularizer):
+    """h of a short example is the same beside a long one: it reads real positions only."""
+    step, prompt = MetaStep(backbone, regularizer), make_prompt()
+    short, long = make_batch(1, tasks=1), make_batch(2, tasks=1)
+    long = replace(long, support=Examples.of([list(range(2, 40))] * 4, long.support.labels))
+    mixing = np.ones(6)
+    alone = step(prompt, RATES, short, mixing).task_embedding[0]
+    beside = step(prompt, RATES, TaskBatch.concat([short, long]), np.ones(12)).task_embedding[0]
+    torch.testing.assert_close(beside, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_a_query_that_is_not_mixed_never_sees_its_partner(backbone, regularizer):
+    step, prompt, batch = MetaStep(backbone, regularizer), make_prompt(), make_batch()
+    other = replace(batch, partner=make_batch(9).partner)
+    found, same = (step(prompt, RATES, b, np.ones(18)) for b in (batch, other))
+    torch.testing.assert_close(found.prompt, same.prompt, rtol=0, atol=0)
+    mixed, changed = (step(prompt, RATES, b, np.full(18, 0.5)) for b in (batch, other))
+    assert (mixed.prompt - changed.prompt).abs().max() > 1e-6
+
+
+def meta_loss(step, prompt, rates, batch, mixing):
+    """Σ_τ L, evaluated by walking the inner steps, for finite differences."""
+    return float(step(prompt, rates, batch, mixing).tasks["query_loss"].sum())
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_second_order_gradients_agree_with_finite_differences(exact_backbone, regularizer, inner_steps):
+    # h is detached by definition, so the gate must not depend on it where θ is varied by hand.
+    torch.nn.init.zeros_(regularizer.gate_out.weight)
+    step = MetaStep(exact_backbone, regularizer, second_order=True)
+    prompt, batch, mixing = make_prompt(), make_batch(tasks=2), np.full(12, 0.6)
+    rates = torch.full((inner_steps,), 0.4, dtype=torch.float64)
+    found = step(prompt, rates, batch, mixing)
+    small, generator = 1e-5, torch.Generator().manual_seed(0)
+    for _ in range(3):
+        direction = torch.randn(prompt.shape, dtype=torch.float64, generator=generator)
+        up, down = (meta_loss(step, prompt + sign * small * direction, rates, batch, mixing) for sign in (1, -1))
+        assert (found.prompt * direction).sum().item() == pytest.approx((up - down) / (2 * small), rel=2e-5)
+    for number in range(inner_steps):
+        nudge = torch.zeros_like(rates)
+        nudge[number] = small
+        up, down = (meta_loss(step, prompt, rates + sign * nudge, batch, mixing) for sign in (1, -1))
+        assert found.inner_rates[number].item() == pytest.approx((up - down) / (2 * small), rel=2e-5)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_regularizer_gradients_agree_with_finite_differences(exact_backbone, regularizer, second_order):
+    """∇_φ of L + R, R's with δ and s held fixed, is exact in both orders: one inner step sees φ once."""
+    step = MetaStep(exact_backbone, regularizer, second_order=second_order)
+    prompt, batch, mixing = make_prompt(), make_batch(tasks=2), np.full(12, 0.6)
+    found = step(prompt, RATES, batch, mixing)
+    target = batch.domain_similarity / 2 + found.tasks["similarity"].numpy() / 2
+
+    def loss():
+        now = step(prompt, RATES, batch, mixing).tasks
+        return float(now["query_loss"].sum()) + float(((torch.as_tensor(target) - now["gate"]) ** 2).sum())
+
+    small = 1e-5
+    for parameter, gradient in zip(regularizer.parameters(), found.regularizer, strict=True):
+        at = int(gradient.abs().argmax())
+        entry = parameter.detach().view(-1)
+        entry[at] += small
+        up = loss()
+        entry[at] -= 2 * small
+        down = loss()
+        entry[at] += small
+        assert gradient.view(-1)[at].item() == pytest.approx((up - down) / (2 * small), rel=1e-4, abs=1e-9)
+
+
+def test_the_orders_differ_and_agree_where_they_must(backbone, regularizer):
+    prompt, batch, mixing = make_prompt(), make_batch(), np.full(18, 0.6)
+    first, second = (
+        MetaStep(backbone, regularizer, second_order=order)(prompt, RATES, batch, mixing) for order in (False, True)
+    )
+    assert (first.prompt - second.prompt).abs().max() > 1e-6
+    for one, other in zip(first.regularizer, second.regularizer, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_without_psi_the_raw_gradient_is_applied(backbone):
+    found = MetaStep(backbone, IdentityRegularizer())(make_prompt(), RATES, make_batch(), np.ones(18))
+    assert found.regularizer == []
+    torch.testing.assert_close(found.update, found.support_gradient)
+    assert found.tasks["gate"].tolist() == [1, 1, 1]
+
+
+def test_validation_losses_are_the_unmixed_query_losses(backbone, regularizer):
+    step, prompt, batch = MetaStep(backbone, regularizer, token_budget=60), make_prompt(), make_batch()
+    losses, right = step.losses(prompt, RATES, batch)
+    trained = step(prompt, RATES, batch, np.ones(18)).tasks["query_loss"]
+    torch.testing.assert_close(losses, trained, rtol=1e-7, atol=1e-10)
+    assert ((right >= 0) & (right <= 1)).all()
+    assert float(right.sum() * 6) == pytest.approx(round(float(right.sum() * 6)))
