@@ -163,7 +163,9 @@ class PrepareConfig(_Section):
     max_documents: int | None = Field(None, ge=1, description="stop reading each source after this many documents")
     sentence_length: int = Field(128, ge=8, description="tokens kept of a sentence")
     kmeans_sample: int = Field(200_000, ge=100, description="items that k-means is fitted on; all are assigned")
-    embedders: int = Field(1, ge=1, description="embedding actors")
+    embedders: int | None = Field(
+        None, ge=1, description="embedding actors, one GPU or CPU each; unset: one for each, at most 8 on CPUs"
+    )
     seed: int = Field(0, ge=0)
 
 

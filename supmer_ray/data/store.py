@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.errors import UserError
@@ -293,7 +293,8 @@ def write_family(folder: Path, name: str, family: Family) -> None:
     """Write the two files of a family."""
     np.save(folder / f"{name}.rows.npy", family.items, allow_pickle=False)
     tables = {"centroids": family.centroids, "starts": family.starts, "train_ends": family.train_ends}
-    save_file(tables, folder / f"{name}.safetensors")
+    # Not save_file: it makes files that only their owner can read.
+    (folder / f"{name}.safetensors").write_bytes(save(tables))
 
 
 def family_record(family: Family) -> FamilyRecord:

@@ -1,0 +1,324 @@
+"""The way from text to a store, over a Ray cluster.
+
+A `PrepareConfig` flows in and a `Store` flows out. Documents stream through Ray Data into the sentence
+table, its rows stream through embedding actors into files of vectors, and one task a family sorts those
+into domains. The driver sees one batch at a time; workers find the table and the vectors by path, so on
+several nodes the output folder has to lie where all of them reach it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataContext
+from ray.exceptions import RayTaskError
+from ray.util import ActorPool
+
+from supmer_ray.config import PrepareConfig
+from supmer_ray.data.domains import cluster, empty_family
+from supmer_ray.data.embed import STRETCH, Embedder, pair_file, sentence_file, stretch_rows
+from supmer_ray.data.sentences import cut, tokenizer_of
+from supmer_ray.data.sources import Piece, Source, open_source
+from supmer_ray.data.store import (
+    DOCUMENTS,
+    FAMILIES,
+    MANIFEST,
+    BackboneRecord,
+    FamilyRecord,
+    Manifest,
+    SentenceWriter,
+    Store,
+    count_items,
+    family_record,
+    file_records,
+    item_rows,
+    write_family,
+    write_manifest,
+)
+from supmer_ray.errors import UserError, require_new_folder
+
+Progress = Callable[[str, int, int | None, str], None]
+"""Called as (stage, done, total or None, unit) whenever a batch has arrived."""
+
+ITEMS_A_DOMAIN = 20
+"""A family needs this many items for each domain on average: fewer leave no query set beside the support set."""
+
+PAIR_SHARE = 0.1
+"""Text with fewer pairs than this share of its sentences is taken for single sentences, without pair families."""
+
+BLOCK_BYTES = 4 * 2**20
+"""Text in one Ray Data block: small, so that one large file still feeds every worker."""
+
+MOST_CPU_EMBEDDERS = 8
+"""Actors without a GPU that start unless more are asked for: each holds the whole backbone in memory."""
+
+NOUNS = {"nsp": "pairs of neighbouring sentences", "nss": "sentences with two before them", "ss": "sentences"}
+
+
+def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Store:
+    """Build a store in folder `out` from text, on the Ray cluster that this process is connected to.
+
+    The result depends on the sources, the backbone, the number of domains, the lengths and the seed, and
+    on nothing else: neither the number of workers nor how the text is spread over files' blocks.
+
+    Args:
+        overwrite: replace a store that stands at `out`.
+        progress: told of every batch: stages "sentences" (in documents, total unknown), "embeddings" (in
+            sentences) and "domains" (in families).
+
+    Raises:
+        UserError: something to be mended in the configuration or the text. Nothing is left at `out` then.
+    """
+    out = Path(out).absolute()
+    require_new_folder(out, overwrite=overwrite)
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UserError(f"The folder {out} holds something else than a store; name another to write into.")
+    tell = progress or (lambda stage, done, total, unit: None)
+    sources = [open_source(name) for name in config.sources]
+    _embedding_workers(config.embedders)
+    backbone = _get(_describe.remote(config.backbone))
+
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    scratch = partial / "scratch"
+    scratch.mkdir(parents=True)
+    try:
+        with _quiet_data():
+            writer, corpus = _write_sentences(sources, config, partial, tell)
+        counts = _item_counts(partial, writer, config.domains)
+        _embed(config, partial, scratch, writer.sentences, tell)
+        families = _find_domains(config, partial, scratch, counts, backbone.d_model, tell)
+        shutil.rmtree(scratch)
+        manifest = Manifest(
+            corpus=corpus,
+            documents=writer.documents,
+            sentences=writer.sentences,
+            tokens=writer.tokens,
+            backbone=backbone,
+            families=families,
+            settings=config,
+            files=file_records(partial),
+        )
+        write_manifest(partial, manifest)
+        _publish(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Store.open(out)
+
+
+def _embedding_workers(asked: int | None) -> tuple[int, dict[str, int]]:
+    """How many embedding actors run, and what each reserves: a GPU where the cluster has GPUs, else one CPU.
+
+    One CPU and one thread each is faster than few actors with many threads, and its bits do not depend on
+    how many there are.
+    """
+    total = ray.cluster_resources()
+    unit = "GPU" if total.get("GPU") else "CPU"
+    most = int(total.get(unit, 0))
+    if asked and asked > most:
+        raise UserError(f"'embedders' is {asked} but the cluster has {most} {unit}s; write embedders: {most}.")
+    if unit == "GPU":
+        return asked or most, {"num_cpus": 1, "num_gpus": 1}
+    return asked or min(most, MOST_CPU_EMBEDDERS), {"num_cpus": 1}
+
+
+@ray.remote(num_cpus=1)
+def _describe(name: str) -> BackboneRecord:
+    """Load the backbone once, to know it and to fail before any work where it cannot be had."""
+    import torch
+
+    from supmer_ray.model.backbone import load_backbone
+
+    backbone = load_backbone(name, dtype=torch.bfloat16, threads=1)
+    return BackboneRecord(
+        name=name,
+        fingerprint=backbone.fingerprint,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        d_model=backbone.d_model,
+    )
+
+
+def _get(reference: Any) -> Any:
+    """A remote result; a UserError comes back as itself, without Ray's traceback around it."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
+@contextmanager
+def _quiet_data() -> Iterator[None]:
+    """Ray Data in document order and small blocks, without its own progress bars; `progress` reports instead."""
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    # It says at WARNING that bars are off, and at INFO how each pipeline ended.
+    levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _write_sentences(
+    sources: Sequence[Source], config: PrepareConfig, folder: Path, tell: Progress
+) -> tuple[SentenceWriter, str]:
+    """Stream the sources into the sentence table; returns the counts and the fingerprint of the corpus."""
+    corpus = hashlib.sha256()
+    with SentenceWriter(folder) as writer:
+        for source in sources:
+            for batch in _sentence_batches(source, config):
+                for problem in batch["problem"].to_pylist():
+                    if problem:
+                        raise UserError(problem)
+                for part in batch.to_batches():
+                    for digest in part["digest"].to_pylist():
+                        corpus.update(digest)
+                    writer.write(part["sentences"], part["tokens"])
+                tell("sentences", writer.documents, None, "documents")
+    return writer, corpus.hexdigest()
+
+
+def _sentence_batches(source: Source, config: PrepareConfig) -> Iterator[pa.Table]:
+    numbers = [{"piece": number} for number in range(len(source.pieces))]
+    data = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
+        _read,  # type: ignore[arg-type]
+        batch_size=None,
+        # Less than a whole CPU keeps reading apart from cutting: fused, one large file would use one worker.
+        num_cpus=0.5,
+        fn_kwargs={"pieces": source.pieces, "limit": config.max_documents},
+    )
+    if config.max_documents:
+        data = data.limit(config.max_documents)
+    data = data.map_batches(
+        _cut,  # type: ignore[arg-type]
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"backbone": config.backbone, "longest": config.sentence_length},
+    )
+    return iter(data.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _read(batch: Any, pieces: Sequence[Piece], limit: int | None) -> Iterator[Any]:
+    """The documents of some pieces (numbers in `piece`) as a table of (text, problem).
+
+    What the user has to mend travels as a row: an exception would reach the screen with Ray's log around it.
+    """
+    schema = pa.schema([("text", pa.string()), ("problem", pa.string())])
+    for number in batch["piece"]:
+        texts = islice((text for text in pieces[number].texts() if text.strip()), limit)
+        try:
+            while chunk := list(islice(texts, 64)):
+                yield pa.table({"text": chunk, "problem": [None] * len(chunk)}, schema)
+        except UserError as error:
+            yield pa.table({"text": [""], "problem": [str(error)]}, schema)
+
+
+def _cut(documents: Any, backbone: str, longest: int) -> Any:
+    table = cut(documents["text"].to_pylist(), tokenizer_of(backbone), longest)
+    return table.append_column("problem", documents["problem"])
+
+
+def _item_counts(folder: Path, writer: SentenceWriter, domains: int) -> dict[str, int]:
+    """Items of each family, 0 for one that is left empty.
+
+    Raises:
+        UserError: the text is too small for the domains asked for.
+    """
+    starts = np.load(folder / DOCUMENTS, mmap_mode="r", allow_pickle=False)
+    counts = {name: count_items(name, starts) for name in FAMILIES}
+    for name in ("nsp", "nss"):
+        if counts[name] < PAIR_SHARE * counts["ss"]:
+            counts[name] = 0
+    scarcest = min((name for name in FAMILIES if counts[name] or name == "ss"), key=lambda name: counts[name])
+    fitting = counts[scarcest] // ITEMS_A_DOMAIN
+    if fitting < domains:
+        advice = f"write domains: {fitting} or add text" if fitting >= 2 else "add text"
+        raise UserError(
+            f"The sources hold {writer.documents} documents with {counts[scarcest]} {NOUNS[scarcest]}, too few for "
+            f"{domains} domains of {ITEMS_A_DOMAIN} on average; {advice}."
+        )
+    return counts
+
+
+def _embed(config: PrepareConfig, folder: Path, scratch: Path, sentences: int, tell: Progress) -> None:
+    """Write the vectors of all sentences and pairs into `scratch`."""
+    count, reserved = _embedding_workers(config.embedders)
+    numbers: list[Any] = list(range(-(-sentences // STRETCH)))
+    actor = ray.remote(Embedder).options(max_restarts=3, max_task_retries=3, **reserved)
+    actors = [
+        actor.remote(folder, scratch, config.backbone, "num_gpus" in reserved) for _ in range(min(count, len(numbers)))
+    ]
+    done = 0
+    tell("embeddings", done, sentences, "sentences")
+    for rows in ActorPool(actors).map_unordered(lambda embedder, number: embedder.embed.remote(number), numbers):
+        done += rows
+        tell("embeddings", done, sentences, "sentences")
+
+
+def _find_domains(
+    config: PrepareConfig, folder: Path, scratch: Path, counts: dict[str, int], d_model: int, tell: Progress
+) -> dict[str, FamilyRecord]:
+    """Cluster each family in a task of its own."""
+    waiting = {_cluster_family.remote(name, counts[name], config, folder, scratch, d_model): name for name in FAMILIES}
+    records: dict[str, FamilyRecord] = {}
+    tell("domains", 0, len(FAMILIES), "families")
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        records[waiting.pop(ready)] = _get(ready)
+        tell("domains", len(records), len(FAMILIES), "families")
+    return {name: records[name] for name in FAMILIES}
+
+
+@ray.remote(num_cpus=1)
+def _cluster_family(
+    name: str, count: int, config: PrepareConfig, folder: Path, scratch: Path, d_model: int
+) -> FamilyRecord:
+    starts = np.load(folder / DOCUMENTS, mmap_mode="r", allow_pickle=False)
+
+    def items() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for stretch in range(-(-int(starts[-1]) // STRETCH)):
+            span = stretch_rows(stretch, int(starts[-1]))
+            rows = item_rows(name, starts, span.start, span.stop)
+            if name == "ss":
+                yield rows, np.load(sentence_file(scratch, stretch), allow_pickle=False)
+            else:
+                pairs = item_rows("nsp", starts, span.start, span.stop)
+                yield rows, np.load(pair_file(scratch, stretch), allow_pickle=False)[np.isin(pairs, rows)]
+
+    family = empty_family(d_model)
+    if count:
+        seed = config.seed * len(FAMILIES) + FAMILIES.index(name)
+        family = cluster(items, count, domains=config.domains, sample=config.kmeans_sample, seed=seed)
+    write_family(folder, name, family)
+    return family_record(family)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Put the whole store where it was asked for, in one rename; an older one goes only then."""
+    old = partial.with_name(f"{partial.name}.replaced")
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

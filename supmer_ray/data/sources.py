@@ -1,0 +1,401 @@
+"""Where text comes from: each source becomes a few pieces that workers read on their own.
+
+A source's spelling flows in; `Source`s flow out whose pieces yield document texts, in an order that never
+changes. Files are read through pyarrow's filesystems, as Ray Data reads them, so local paths, `s3://` and
+`gs://` behave alike and nothing is read whole but a JSON list and a single document.
+
+| spelling | documents |
+|---|---|
+| `news.txt` | the blocks of text between blank lines |
+| `news/`, `news/*.txt` | each .txt file is one document; files of the other formats give their rows |
+| `news.jsonl`, `news.json`, `news.parquet`, `news.csv` | the `text` of each row |
+| `folder/` made by `Dataset.save_to_disk` | the `text` of each row (of the split "train") |
+| `hub:NAME` or `hub:NAME@CONFIGURATION` | the `text` of each row of the hub's data set, split "train" |
+| `bbc` | the train documents of that source of the catalog (write `./bbc` for a folder of that name) |
+
+`::COLUMN` at the end names another column than `text`. Text is UTF-8; bytes that are not are replaced.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
+
+from supmer_ray.data.catalog import CATALOG_SOURCES, unlabelled
+from supmer_ray.errors import UserError, nearest
+
+FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
+TEXT_FILES_A_PIECE = 256
+LINES_PIECE_BYTES = 64 * 2**20
+"""JSON lines are cut into pieces of this size, so that one large file keeps many workers busy."""
+
+
+class Piece(Protocol):
+    """A part of a source that one worker reads; it travels, so it holds names and no open files."""
+
+    def texts(self) -> Iterator[str]:
+        """The documents, in order. Raises UserError where the data is not as described."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source as the user spelt it, and its pieces in reading order."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+
+def open_source(name: str) -> Source:
+    """Find a source, and read its first document to see that the rest will be readable.
+
+    Raises:
+        UserError: there is no such source, it is empty or unreadable, or it lacks the column.
+    """
+    place, _, column = name.partition("::")
+    source = Source(name, tuple(_pieces(place, column or "text")))
+    if not any(text.strip() for piece in source.pieces for text in piece.texts()):
+        raise UserError(f"The source '{name}' holds no text; name one that does.")
+    return source
+
+
+def _pieces(place: str, column: str) -> Iterator[Piece]:
+    if place.startswith("hub:"):
+        dataset, _, configuration = place.removeprefix("hub:").partition("@")
+        yield HubRows(dataset, configuration or None, column)
+    elif place in CATALOG_SOURCES:
+        yield CatalogDocuments(place)
+    else:
+        yield from _file_pieces(place, column)
+
+
+def _file_pieces(place: str, column: str) -> Iterator[Piece]:
+    filesystem, path = _filesystem(place)
+    with _readable(place):
+        info = filesystem.get_file_info(path)
+        if info.type == FileType.File:
+            yield from _file_piece(filesystem, info, column)
+            return
+        if info.type == FileType.Directory and (folder := _dataset_folder(filesystem, path)):
+            yield from _dataset_pieces(filesystem, folder, column)
+            return
+        files = _listed(filesystem, path, info)
+    if not files:
+        if info.type == FileType.Directory or "*" in path:
+            raise UserError(f"The source '{place}' holds no file in {', '.join(FORMATS)}; name a folder that does.")
+        raise UserError(f"There is no file, folder or catalog source '{place}'; {nearest(place, CATALOG_SOURCES)}")
+    texts = [file for file in files if _format(file) == ".txt"]
+    for start in range(0, len(texts), TEXT_FILES_A_PIECE):
+        chunk = texts[start : start + TEXT_FILES_A_PIECE]
+        yield WholeFiles(filesystem, tuple(file.path for file in chunk))
+    for file in files:
+        if _format(file) != ".txt":
+            yield from _file_piece(filesystem, file, column)
+
+
+def _filesystem(place: str) -> tuple[FileSystem, str]:
+    if "://" not in place:
+        return LocalFileSystem(), str(Path(place).expanduser().absolute())
+    try:
+        return FileSystem.from_uri(place)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise UserError(f"Cannot reach '{place}' ({_first_line(error)}); check the address.") from None
+
+
+def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]:
+    """The files under a folder or matching a glob, by path; hidden ones and other formats left out."""
+    if info.type == FileType.Directory:
+        root, pattern = path, None
+    elif "*" in path:
+        root, pattern = path[: path.index("*")].rpartition("/")[0], path
+    else:
+        return []
+    found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
+    return sorted(
+        (
+            file
+            for file in found
+            if file.type == FileType.File
+            and _format(file) in FORMATS
+            and not file.base_name.startswith((".", "_"))
+            and (pattern is None or PurePosixPath(file.path).match(pattern))
+        ),
+        key=lambda file: file.path,
+    )
+
+
+def _format(file: FileInfo) -> str:
+    return f".{file.extension.lower()}"
+
+
+def _file_piece(filesystem: FileSystem, file: FileInfo, column: str) -> Iterator[Piece]:
+    kind, path = _format(file), file.path
+    if kind == ".txt":
+        yield Blocks(filesystem, path)
+    elif kind == ".parquet":
+        with filesystem.open_input_file(path) as stream:
+            groups = pyarrow.parquet.ParquetFile(stream).num_row_groups
+        for group in range(groups):
+            yield ParquetRows(filesystem, path, column, group)
+    elif kind == ".csv":
+        yield CsvRows(filesystem, path, column)
+    elif kind == ".json" and _starts_with(filesystem, path, b"["):
+        yield JsonList(filesystem, path, column)
+    elif kind in (".json", ".jsonl"):
+        for start in range(0, file.size, LINES_PIECE_BYTES):
+            yield JsonLines(filesystem, path, column, start, min(start + LINES_PIECE_BYTES, file.size))
+    else:
+        raise UserError(f"The source '{path}' is no text format; name a file in {', '.join(FORMATS)} or a folder.")
+
+
+def _starts_with(filesystem: FileSystem, path: str, mark: bytes) -> bool:
+    with filesystem.open_input_file(path) as stream:
+        return stream.read(64).lstrip().startswith(mark)
+
+
+def _dataset_folder(filesystem: FileSystem, path: str) -> str | None:
+    """The folder with the Arrow files of a saved data set, or of its split "train"; None: it is no data set."""
+    if filesystem.get_file_info(f"{path}/state.json").type == FileType.File:
+        return path
+    if filesystem.get_file_info(f"{path}/dataset_dict.json").type != FileType.File:
+        return None
+    splits = _read_json(filesystem, f"{path}/dataset_dict.json")["splits"]
+    if "train" not in splits:
+        raise UserError(f"The data set {path} has no split 'train'; name one of its folders: {', '.join(splits)}.")
+    return f"{path}/train"
+
+
+def _dataset_pieces(filesystem: FileSystem, folder: str, column: str) -> Iterator[Piece]:
+    for file in _read_json(filesystem, f"{folder}/state.json")["_data_files"]:
+        yield ArrowRows(filesystem, f"{folder}/{file['filename']}", column)
+
+
+def _read_json(filesystem: FileSystem, path: str) -> Any:
+    with filesystem.open_input_stream(path) as stream:
+        return json.loads(stream.read())
+
+
+@dataclass(frozen=True)
+class WholeFiles:
+    """Text files, each one document."""
+
+    filesystem: FileSystem
+    paths: tuple[str, ...]
+
+    def texts(self) -> Iterator[str]:
+        for path in self.paths:
+            with _readable(path), self.filesystem.open_input_stream(path) as stream:
+                text = stream.read().decode("utf-8-sig", errors="replace")
+            yield _no_binary(text, path)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A text file whose documents stand between blank lines."""
+
+    filesystem: FileSystem
+    path: str
+
+    def texts(self) -> Iterator[str]:
+        block: list[str] = []
+        with _readable(self.path), self.filesystem.open_input_stream(self.path) as stream:
+            for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace"):
+                if line.strip():
+                    block.append(_no_binary(line, self.path))
+                elif block:
+                    yield "".join(block)
+                    block = []
+        if block:
+            yield "".join(block)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """The lines that start within [start, stop) bytes of a file with one JSON object a line."""
+
+    filesystem: FileSystem
+    path: str
+    column: str
+    start: int
+    stop: int
+
+    def texts(self) -> Iterator[str]:
+        with _readable(self.path), self.filesystem.open_input_file(self.path) as raw:
+            raw.seek(max(self.start - 1, 0))
+            stream = io.BufferedReader(raw)
+            # One byte early: a line that starts exactly at `start` is then not taken for the rest of another.
+            place = self.start - 1 + len(stream.readline()) if self.start else 0
+            while place < self.stop and (line := stream.readline()):
+                if line.strip():
+                    yield from self._text(line, place)
+                place += len(line)
+
+    def _text(self, line: bytes, place: int) -> Iterator[str]:
+        try:
+            row = json.loads(line.decode("utf-8-sig", errors="replace"))
+        except ValueError:
+            raise UserError(f"{self._where(place)} is not JSON; write one object a line.") from None
+        yield from _json_text(row, self.column, lambda: self._where(place))
+
+    def _where(self, place: int) -> str:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            lines_before = stream.read(place).count(b"\n")
+        return f"Line {lines_before + 1} of {self.path}"
+
+
+@dataclass(frozen=True)
+class JsonList:
+    """A file that holds one JSON list of objects; it is read whole."""
+
+    filesystem: FileSystem
+    path: str
+    column: str
+
+    def texts(self) -> Iterator[str]:
+        with _readable(self.path):
+            rows = _read_json(self.filesystem, self.path)
+        for number, row in enumerate(rows, start=1):
+            yield from _json_text(row, self.column, lambda number=number: f"Row {number} of {self.path}")
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """One row group of a Parquet file."""
+
+    filesystem: FileSystem
+    path: str
+    column: str
+    group: int
+
+    def texts(self) -> Iterator[str]:
+        with _readable(self.path), self.filesystem.open_input_file(self.path) as stream:
+            file = pyarrow.parquet.ParquetFile(stream)
+            _require_column(self.column, file.schema_arrow, self.path)
+            for batch in file.iter_batches(1024, row_groups=[self.group], columns=[self.column]):
+                yield from _strings(batch.column(0))
+
+
+@dataclass(frozen=True)
+class CsvRows:
+    """A CSV file whose first line names the columns."""
+
+    filesystem: FileSystem
+    path: str
+    column: str
+
+    def texts(self) -> Iterator[str]:
+        as_strings = pa.csv.ConvertOptions(column_types={self.column: pa.string()}, strings_can_be_null=False)
+        multi_line = pa.csv.ParseOptions(newlines_in_values=True)
+        with _readable(self.path), self.filesystem.open_input_stream(self.path) as stream:
+            reader = pa.csv.open_csv(stream, convert_options=as_strings, parse_options=multi_line)
+            _require_column(self.column, reader.schema, self.path)
+            for batch in reader:
+                yield from _strings(batch.column(self.column))
+
+
+@dataclass(frozen=True)
+class ArrowRows:
+    """One Arrow file of a data set saved with the `datasets` library."""
+
+    filesystem: FileSystem
+    path: str
+    column: str
+
+    def texts(self) -> Iterator[str]:
+        with _readable(self.path), self.filesystem.open_input_stream(self.path) as stream:
+            reader = pa.ipc.open_stream(stream)
+            _require_column(self.column, reader.schema, self.path)
+            for batch in reader:
+                yield from _strings(batch.column(self.column))
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """The split "train" of a data set on the hub, read as it is downloaded."""
+
+    dataset: str
+    configuration: str | None
+    column: str
+
+    def texts(self) -> Iterator[str]:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self.dataset, self.configuration, split="train", streaming=True)
+            for row in rows:
+                if self.column not in row:
+                    raise UserError(_no_column(self.column, f"hub:{self.dataset}", row))
+                if isinstance(row[self.column], str):
+                    yield row[self.column]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"Cannot read 'hub:{self.dataset}' ({_first_line(error)}); check the name, and whether the hub is "
+                "reachable from here."
+            ) from None
+
+
+@dataclass(frozen=True)
+class CatalogDocuments:
+    """The documents of a catalog source that no test split holds."""
+
+    name: str
+
+    def texts(self) -> Iterator[str]:
+        return (document.text for document in unlabelled(self.name))
+
+
+def _json_text(row: Any, column: str, where: Any) -> Iterator[str]:
+    """The row's text, or nothing where it is null."""
+    if not isinstance(row, dict):
+        raise UserError(f'{where()} is no JSON object; write {{"{column}": "…"}}.')
+    if column not in row:
+        raise UserError(_no_column(column, where(), row))
+    if isinstance(row[column], str):
+        yield row[column]
+    elif row[column] is not None:
+        raise UserError(f"{where()} has a {type(row[column]).__name__} as '{column}'; write a text.")
+
+
+def _require_column(column: str, schema: pa.Schema, path: str) -> None:
+    if column not in schema.names:
+        raise UserError(_no_column(column, path, schema.names))
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise UserError(f"The column '{column}' of {path} holds {kind}, not text; name another as SOURCE::COLUMN.")
+
+
+def _no_column(column: str, where: str, known: Any) -> str:
+    return f"{where} has no column '{column}' (it has {', '.join(known)}); name the text column as SOURCE::COLUMN."
+
+
+def _strings(column: pa.Array) -> Iterator[str]:
+    return (text for text in column.to_pylist() if text is not None)
+
+
+def _no_binary(text: str, path: str) -> str:
+    if "\0" in text:
+        raise UserError(f"{path} is not UTF-8 text; convert it, or leave it out.")
+    return text
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turns what pyarrow, json and the filesystems raise for unreadable data into a sentence."""
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"Cannot read {path} ({_first_line(error)}); check that it is whole and of its kind.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
