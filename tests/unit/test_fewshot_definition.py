@@ -1,6 +1,9 @@
 """Task definitions: what a YAML may say, and what each mistake answers."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -167,3 +170,12 @@ def test_missing_dataset_folder_is_one_sentence(tmp_path):
 
 def test_a_doubled_brace_is_a_brace():
     assert "".join(text for text, _ in pattern_parts("{{{a}}} is {mask}")) == "{} is "
+
+
+def test_an_unreachable_hub_is_one_sentence():
+    """In a process of its own: the hub's client decides at import whether it may connect."""
+    code = "from supmer_ray.fewshot.definition import load_definition; load_definition('sst-2').read()"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "UserError: Cannot read the data set 'nyu-mll/glue'" in done.stderr.splitlines()[-1]
+    assert "give the rows as files" in done.stderr.splitlines()[-1]

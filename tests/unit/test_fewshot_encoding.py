@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supmer_ray.errors import UserError
@@ -44,6 +44,7 @@ texts = st.lists(st.sampled_from([*WORDS, "<extra_id_0>", "</s>", "<pad>", "zebr
 )
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=4), limit=st.integers(12, 80))
 def test_pattern_whole_one_sentinel_never_too_long(backbone, rows, limit):
     encoder = TaskEncoder(backbone, definition(), max_length=limit)
@@ -61,6 +62,7 @@ def test_pattern_whole_one_sentinel_never_too_long(backbone, rows, limit):
         assert ids.count(backbone.closing) == 0 and ids.count(backbone.pad) == 0
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=5), room=st.integers(0, 500))
 def test_shortening_is_proportional_and_exact(lengths, room):
     kept = shortened(lengths, room)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supmer_ray.errors import UserError
@@ -28,6 +28,7 @@ def frames(counts: dict[str, int], test: int = 7) -> dict[str, pd.DataFrame]:
     return {"train": train, "test": pd.DataFrame({"text": [f"test {n}" for n in range(test)], "label": "a"})}
 
 
+@settings(deadline=None)
 @given(
     counts=st.dictionaries(st.sampled_from("abcde"), st.integers(8, 20), min_size=2),
     shots=st.integers(1, 4),
