@@ -50,9 +50,13 @@ def prepare(
     }
     config = build(PrepareConfig, values, "the command line")
     require_new_folder(out, overwrite=overwrite)
-    from supmer_ray.quickstart import run_prepare
+    from supmer_ray.cluster import connect
+    from supmer_ray.console import stage
+    from supmer_ray.data.prepare import prepare as build_store
 
-    store = run_prepare(config, out, overwrite=overwrite)
+    connect()
+    with stage("Reading text", "documents") as line:
+        store = build_store(config, out, overwrite=overwrite, progress=line.named)
     manifest = store.manifest
     print(f"{out}: {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} tokens")
     for name, family in manifest.families.items():
@@ -73,9 +77,12 @@ def train(
     """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
     run_config = load_run_config(config, set_ or ())
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
-    from supmer_ray.quickstart import run_train
+    from supmer_ray.console import stage
+    from supmer_ray.train import train as run
 
-    result = run_train(run_config, store, out, resume=resume, overwrite=overwrite)
+    with stage("Meta-training", "steps") as line:
+        progress = line.train_row(run_config.meta.steps)
+        result = run(run_config, store, out, resume=resume, overwrite=overwrite, progress=progress)
     print(f"{result.checkpoint}: the meta-trained prompt and regularizer ({result.metrics} has one row a step)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ def connect() -> Resources:
 
     if not ray.is_initialized():
         try:
-            ray.init(logging_level="error", log_to_driver=False)
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, TimeoutError) as error:
             address = os.environ.get("RAY_ADDRESS", "auto")
             raise UserError(
@@ -58,8 +59,8 @@ def require_room(resources: Resources, workers: WorkersConfig) -> None:
         fits = int(resources.cpus // (workers.cpus + workers.builders))
         instead = f"set workers.count to at most {fits}" if fits else "give Ray at least 2 CPUs"
         raise UserError(
-            f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of 1 CPU need {need:g} CPUs, but "
-            f"the cluster has {resources.cpus:g}; {instead}."
+            f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of 1 CPU need {need:g} CPUs, "
+            f"but the cluster has {resources.cpus:g}; {instead}."
         )
     if workers.gpu and workers.count > resources.gpus:
         raise UserError(

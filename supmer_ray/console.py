@@ -68,6 +68,10 @@ class StageLine:
             self._written = time.monotonic()
             errors.print(f"{self.title}: {self._text()}", soft_wrap=True)
 
+    def named(self, title: str, done: int, total: int | None, unit: str) -> None:
+        """`update` for stages that say their own title and unit."""
+        self.update(done, total, title=title, unit=unit)
+
     def train_row(self, steps: int) -> Callable[[dict[str, Any]], None]:
         """A callback for the rows of a run's metrics file."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -50,7 +49,7 @@ def whole_file(file: Path) -> Iterator[Path]:
     scratch = file.with_name(f".{file.name}.partial-{uuid.uuid4().hex[:8]}{file.suffix}")
     try:
         yield scratch
-        os.replace(scratch, file)
+        scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
 

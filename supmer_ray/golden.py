@@ -67,7 +67,7 @@ def load_golden(file: Path) -> Golden:
             raise UserError(f"{file} does not fit the T5 of {facts_file.name}: see 'backbone.{wrong}'.")
         regularizer = regularizer_from_reference(tensors, prefix="regularizer.").double()
         backbone = Backbone(model, None, str(file))
-        backbone.pad = model.config.pad_token_id
+        backbone.pad = model.config.pad_token_id or 0
         return Golden(tensors, facts, backbone, regularizer)
     except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
         raise UserError(f"{file} or its JSON is not a golden file of the meta-step: {error}.") from None

@@ -30,7 +30,7 @@ from supmer_ray.meta.state import MetaState
 from supmer_ray.meta.step import MetaGradients, MetaStep
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.tasks.batch import TaskBatch
-from supmer_ray.tasks.builder import TaskBuilder, stream_shards
+from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
 
 METRICS_FILE = "metrics.jsonl"
@@ -172,6 +172,8 @@ def worker_loop(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    from supmer_ray.tasks.stream import ShardSource, stream_shards
+
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     config = build(RunConfig, settings["config"], "the run's configuration")
@@ -214,16 +216,8 @@ def worker_loop(settings: dict[str, Any]) -> None:
         validate()
     schedule, last = config.schedule, config.meta.steps
     steps = range(state.progress.step, last)
-    shards = stream_shards(
-        Path(settings["store"]),
-        formats,
-        config.tasks,
-        seed=config.seed,
-        steps=steps,
-        rank=rank,
-        workers=workers,
-        builders=config.workers.builders,
-    )
+    source = ShardSource(Path(settings["store"]), formats, config.tasks, config.seed, rank, workers)
+    shards = stream_shards(source, steps, builders=config.workers.builders)
     for batch, waited in _timed(shards):
         started = time.perf_counter()
         metrics = learner.train_step(batch)

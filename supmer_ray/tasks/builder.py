@@ -8,12 +8,10 @@ the stream is the next step.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from supmer_ray.config import TASK_TYPES, TasksConfig
 from supmer_ray.data.store import Store
@@ -73,53 +71,3 @@ class TaskBuilder:
         centroids = draw.family.centroids
         similarity = domain_similarity(centroids[own], centroids[partner])
         return TaskBatch(support, query, partner_query, np.array([similarity], np.float32), [name])
-
-
-class _ShardActor:
-    """A Ray Data actor: step numbers in, one packed `TaskBatch` a row out. It opens the store once."""
-
-    def __init__(self, store: Path, formats: Formats, config: TasksConfig, seed: int, rank: int, workers: int) -> None:
-        self.builder = TaskBuilder(Store.open(store), formats, config, seed)
-        self.rank, self.workers = rank, workers
-
-    def __call__(self, steps: pa.Table) -> pa.Table:
-        shards = [self.builder.shard(step, self.rank, self.workers) for step in steps["id"].to_pylist()]
-        return pa.concat_tables([shard.to_arrow() for shard in shards])
-
-
-def stream_shards(
-    store: Path,
-    formats: Formats,
-    config: TasksConfig,
-    *,
-    seed: int,
-    steps: range,
-    rank: int = 0,
-    workers: int = 1,
-    builders: int = 1,
-    prefetch: int = 4,
-) -> Iterator[TaskBatch]:
-    """The shards of `steps` for one worker, in order, built ahead of time by Ray Data actors.
-
-    Each worker draws a stream of its own from the step where it stands: Ray Data's shared split
-    promises neither order nor which worker gets which row, and a resumed worker would have to skip.
-    """
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    numbers = ray.data.range(len(steps), override_num_blocks=max(1, len(steps) // 4)).map_batches(
-        lambda batch: {"id": batch["id"] + steps.start}, batch_format="numpy"
-    )
-    shards = numbers.map_batches(
-        _ShardActor,
-        fn_constructor_args=(store, formats, config, seed, rank, workers),
-        batch_format="pyarrow",
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=builders),
-        num_cpus=0.5,
-    )
-    for row in shards.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
-        yield TaskBatch.from_arrow(row.combine_chunks())

@@ -85,8 +85,8 @@ class TaskDraw:
         usable = self.family.usable(self.split, MINIMUM_ITEMS)
         if len(usable) < 2 * need:
             raise UserError(
-                f"Task type '{self.name}' needs {2 * need} domains with {MINIMUM_ITEMS} or more {self.split} items, and "
-                f"the store has {len(usable)}; prepare it from more text, or leave '{self.name}' out of tasks.mixture."
+                f"Task type '{self.name}' needs {2 * need} domains with {MINIMUM_ITEMS} or more {self.split} items, "
+                f"and the store has {len(usable)}; prepare it from more text, or leave '{self.name}' out of tasks.mixture."
             )
         drawn = self.generator.choice(usable, size=2 * need, replace=False)
         return drawn[:need], drawn[need:]

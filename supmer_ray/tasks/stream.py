@@ -1,0 +1,101 @@
+"""The stream of meta-tasks as a Ray Data source.
+
+A range of meta-steps goes in, one `TaskBatch` a step comes out, in order, built ahead of time by as
+many tasks as there are builders. Each worker draws a stream of its own from the step where it stands:
+Ray Data's shared split promises neither order nor which worker gets which row, and a resumed worker
+would have to skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from supmer_ray.config import TasksConfig
+from supmer_ray.data.store import Store
+from supmer_ray.tasks.batch import TaskBatch
+from supmer_ray.tasks.builder import TaskBuilder
+from supmer_ray.tasks.formats import Formats
+
+STEPS_A_TASK = 4
+"""Steps that one Ray task builds: few, so that a worker's first step comes soon."""
+
+MOST_TASKS = 2000
+"""Long runs are cut into no more than about this many Ray tasks, unless one would build over 64 steps."""
+
+_open_store = lru_cache(maxsize=1)(Store.open)
+"""A Ray worker process builds task after task from the same memory-mapped store."""
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """What every builder must know to make the shards of one training worker."""
+
+    store: Path
+    formats: Formats
+    config: TasksConfig
+    seed: int
+    rank: int = 0
+    workers: int = 1
+
+    def shards(self, steps: range) -> Iterator[pa.Table]:
+        """The shards of `steps`, packed, one a table."""
+        builder = TaskBuilder(_open_store(self.store), self.formats, self.config, self.seed)
+        for step in steps:
+            yield builder.shard(step, self.rank, self.workers).to_arrow()
+
+
+class MetaTasks(Datasource):
+    """A Ray Data source whose rows are the packed shards of a range of meta-steps."""
+
+    def __init__(self, source: ShardSource, steps: range) -> None:
+        super().__init__()
+        self._source, self._steps = source, steps
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task for every few steps, whatever parallelism Ray Data would like."""
+        return [
+            ReadTask(self._reader(part), BlockMetadata(len(part), None, None, None), None, per_task_row_limit)
+            for part in _parts(self._steps)
+        ]
+
+    def _reader(self, steps: range) -> Callable[[], Iterator[pa.Table]]:
+        source = self._source
+        return lambda: source.shards(steps)
+
+
+def _parts(steps: range) -> list[range]:
+    size = min(64, max(STEPS_A_TASK, len(steps) // MOST_TASKS))
+    return [steps[first : first + size] for first in range(0, len(steps), size)]
+
+
+def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefetch: int = 4) -> Iterator[TaskBatch]:
+    """The shards of `steps`, in order.
+
+    Args:
+        builders: Ray tasks that build at a time; each takes one CPU.
+        prefetch: batches that are kept ready in this process.
+    """
+    if not steps:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    # As many blocks as tasks: Ray Data would otherwise split each task's output once more.
+    blocks = len(_parts(steps))
+    rows = ray.data.read_datasource(MetaTasks(source, steps), concurrency=builders, override_num_blocks=blocks)
+    for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
+        yield TaskBatch.from_arrow(row.combine_chunks())
