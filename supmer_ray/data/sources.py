@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -38,6 +39,9 @@ FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 TEXT_FILES_A_PIECE = 256
 LINES_PIECE_BYTES = 64 * 2**20
 """JSON lines are cut into pieces of this size, so that one large file keeps many workers busy."""
+
+CLOUD_PATIENCE_S = 30
+"""Google's client would go on for 15 minutes where its storage cannot be reached."""
 
 
 class Piece(Protocol):
@@ -106,6 +110,8 @@ def _file_pieces(place: str, column: str) -> Iterator[Piece]:
 def _filesystem(place: str) -> tuple[FileSystem, str]:
     if "://" not in place:
         return LocalFileSystem(), str(Path(place).expanduser().absolute())
+    if place.startswith(("gs://", "gcs://")) and "?" not in place:
+        place += f"?retry_limit_seconds={CLOUD_PATIENCE_S}"
     try:
         return FileSystem.from_uri(place)
     except (ValueError, OSError, NotImplementedError) as error:
@@ -394,8 +400,10 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"Cannot read {path} ({_first_line(error)}); check that it is whole and of its kind.") from None
+        raise UserError(
+            f"Cannot read {path} ({_first_line(error)}); check that it can be reached and is whole."
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" …").rstrip(".")

@@ -1,0 +1,27 @@
+"""One local Ray cluster for all integration tests, and real text for them."""
+
+import pytest
+import ray
+from tiny import make_tiny_t5
+
+from supmer_ray.data.catalog import unlabelled
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A cluster of two CPUs on this machine, whatever the machine has."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bbc_texts():
+    """The train documents of the catalog's BBC news."""
+    return [document.text for document in unlabelled("bbc")]
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory, bbc_texts):
+    """The folder of a random T5 whose vocabulary comes from BBC news."""
+    return make_tiny_t5(tmp_path_factory.mktemp("tiny-t5"), bbc_texts[:200])

@@ -1,0 +1,154 @@
+"""From real text to a store on a real cluster, and what stops it before it starts."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from supmer_ray.config import PrepareConfig
+from supmer_ray.data import prepare as module
+from supmer_ray.data.embed import frame, mean_pooled
+from supmer_ray.data.prepare import prepare
+from supmer_ray.data.sentences import split
+from supmer_ray.data.store import FAMILIES, Store
+from supmer_ray.errors import UserError
+from supmer_ray.model.backbone import load_backbone
+
+DOCUMENTS = 60
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_cluster, tiny_t5, tmp_path_factory):
+    """A store of the catalog's BBC text, and what was said while it was built."""
+    said = []
+    config = PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=12, max_documents=DOCUMENTS)
+    out = tmp_path_factory.mktemp("prepare") / "store"
+    store = prepare(config, out, progress=lambda *message: said.append(message))
+    return store, config, said
+
+
+@pytest.fixture
+def files(tmp_path, bbc_texts):
+    """The same documents as JSON lines."""
+    file = tmp_path / "bbc.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in bbc_texts[:DOCUMENTS]))
+    return file
+
+
+def test_the_table_is_the_text_in_order(prepared, bbc_texts, tiny_t5):
+    store, _, _ = prepared
+    wanted = [(i, sentence) for i, text in enumerate(bbc_texts[:DOCUMENTS]) for sentence in split(text)]
+    assert [(store.document(row), store.text(row)) for row in range(len(store))] == wanted
+    backbone = load_backbone(str(tiny_t5))
+    for row in range(0, len(store), 50):
+        assert store.tokens(row).tolist() == backbone.tokenize([store.text(row)])[0][:128]
+
+
+def test_families_hold_every_item_once(prepared):
+    store, config, _ = prepared
+    for name in FAMILIES:
+        family = store.family(name)
+        rows = [family.rows(domain, split) for domain in range(family.domains) for split in ("train", "validation")]
+        items = np.sort(np.concatenate(rows))
+        assert len(np.unique(items)) == len(items) == store.manifest.families[name].items
+        assert 2 <= family.domains <= config.domains
+        for row in items:
+            after = {"ss": 0, "nsp": 1, "nss": 2}[name]
+            assert row + after in store.document_rows(row)
+
+
+def test_centroids_are_the_encoders_mean_states(prepared, tiny_t5):
+    store, _, _ = prepared
+    backbone = load_backbone(str(tiny_t5))
+    assert store.manifest.backbone.fingerprint == backbone.fingerprint
+    assert store.manifest.backbone.tokenizer_fingerprint == backbone.tokenizer_fingerprint
+    for name, width in (("ss", 1), ("nsp", 2), ("nss", 2)):
+        family = store.family(name)
+        rows = np.concatenate([family.rows(0, "train"), family.rows(0, "validation")])
+        inputs = [frame(backbone, *(store.tokens(row + k) for k in range(width))) for row in rows]
+        vectors = mean_pooled(backbone, inputs, 4096)
+        np.testing.assert_allclose(family.centroids[0], vectors.mean(axis=0), atol=2e-3)
+        # Each vector once more, alone and unpadded.
+        ids = inputs[0]
+        np.testing.assert_allclose(vectors[0], mean_pooled(backbone, [ids], 1)[0], atol=1e-5)
+
+
+def test_progress_and_manifest_count_the_same(prepared):
+    store, _, said = prepared
+    stages = list(dict.fromkeys(stage for stage, *_ in said))
+    assert stages == ["sentences", "embeddings", "domains"]
+    last = {stage: (done, total, unit) for stage, done, total, unit in said}
+    assert last["sentences"] == (DOCUMENTS, None, "documents")
+    assert last["embeddings"] == (len(store), len(store), "sentences")
+    assert last["domains"] == (3, 3, "families")
+    assert store.manifest.documents == DOCUMENTS
+    assert store.manifest.tokens == sum(len(store.tokens(row)) for row in range(len(store)))
+    assert sorted(file.name for file in store.path.iterdir()) == sorted([*store.manifest.files, "manifest.json"])
+
+
+def test_other_workers_and_blocks_make_the_same_store(prepared, files, tmp_path, monkeypatch):
+    store, config, _ = prepared
+    monkeypatch.setattr("supmer_ray.data.sources.LINES_PIECE_BYTES", 20_000)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 10_000)
+    other = config.model_copy(update={"sources": (str(files),), "embedders": 1, "max_documents": None})
+    again = prepare(other, tmp_path / "store")
+    assert again.manifest.files == store.manifest.files
+    assert again.manifest.corpus == store.manifest.corpus
+    assert again.manifest.families == store.manifest.families
+
+
+def test_single_sentences_leave_the_pair_families_empty(prepared, tmp_path, tiny_t5):
+    store, config, _ = prepared
+    file = tmp_path / "lines.txt"
+    file.write_text("\n\n".join(store.text(row) for row in range(300)))
+    update = {"sources": (str(file),), "domains": 5, "max_documents": 250}
+    single = prepare(config.model_copy(update=update), tmp_path / "store")
+    assert single.manifest.documents == 250
+    assert single.manifest.families["ss"].items >= 250
+    assert single.manifest.families["nsp"].items == single.family("nsp").domains == 0
+    assert single.family("nss").usable("train", 1).tolist() == []
+
+
+def refused(config, out, message, **update):
+    """`prepare` fails with one sentence and leaves nothing beside what was there."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(config.model_copy(update=update), out)
+    assert "\n" not in str(caught.value)
+    assert sorted(out.parent.iterdir()) == before
+
+
+def test_what_is_refused(prepared, files, tmp_path):
+    store, config, _ = prepared
+    out = tmp_path / "new" / "store"
+    out.parent.mkdir()
+    refused(config, store.path, "already holds")
+    refused(config, out, "no file, folder or catalog source", sources=("bbc", str(tmp_path / "none.txt")))
+    refused(config, out, "backbone .*nowhere", backbone=str(tmp_path / "nowhere"))
+    refused(config, out, "'embedders' is 9 but the cluster has 2 CPUs; write embedders: 2", embedders=9)
+    refused(config, out, r"60 documents with \d+ .* too few for 5000 domains .* write domains: \d\d", domains=5000)
+    with files.open("a") as stream:
+        stream.write('{"body": 1}\n')
+    refused(config, out, "Line 61 of .*bbc.jsonl has no column 'text'", sources=(str(files),), max_documents=None)
+
+
+def test_only_a_store_is_overwritten(prepared, tmp_path, files):
+    _, config, _ = prepared
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="something else than a store"):
+        prepare(config, tmp_path, overwrite=True)
+    out = tmp_path / "store"
+    small = config.model_copy(update={"domains": 2, "max_documents": 20})
+    first = prepare(small, out)
+    second = prepare(small.model_copy(update={"sources": (str(files),), "max_documents": 25}), out, overwrite=True)
+    assert (first.manifest.documents, second.manifest.documents, Store.open(out).manifest.documents) == (20, 25, 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bbc.jsonl", "store", "thesis.tex"]
+
+
+def test_everything_is_given_back(prepared):
+    end = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2

@@ -1,0 +1,77 @@
+"""Vectors that point the same way share a domain, and every item lands in exactly one place."""
+
+import numpy as np
+import pytest
+
+from supmer_ray.data.domains import cluster
+
+
+def blobs(count, directions=5, width=16, seed=0):
+    """Vectors near a few directions, of very different lengths; and which direction each follows."""
+    generator = np.random.default_rng(seed)
+    axes = np.linalg.qr(generator.normal(size=(width, directions)))[0].T
+    labels = generator.integers(directions, size=count)
+    vectors = (axes[labels] + 0.02 * generator.normal(size=(count, width))) * generator.uniform(0.5, 20, (count, 1))
+    return vectors.astype(np.float16), labels
+
+
+def passes(vectors, rows, size=97):
+    def start():
+        for first in range(0, len(rows), size):
+            yield rows[first : first + size], vectors[first : first + size]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def family():
+    vectors, labels = blobs(1000)
+    rows = np.arange(1000) * 3
+    return cluster(passes(vectors, rows), 1000, domains=5, sample=400, seed=7), vectors, labels
+
+
+def test_domains_are_directions(family):
+    found, _, labels = family
+    for domain in range(5):
+        rows = np.concatenate([found.rows(domain, "train"), found.rows(domain, "validation")])
+        assert len(set(labels[rows // 3])) == 1
+
+
+def test_every_item_once_and_a_tenth_validates(family):
+    found, _, _ = family
+    assert sorted(found.items) == list(range(0, 3000, 3))
+    sizes = np.diff(found.starts)
+    assert ((found.starts[1:] - found.train_ends) == sizes // 10).all()
+
+
+def test_centroids_are_means_of_the_raw_vectors(family):
+    found, vectors, _ = family
+    for domain in range(5):
+        rows = np.concatenate([found.rows(domain, "train"), found.rows(domain, "validation")])
+        np.testing.assert_allclose(found.centroids[domain], vectors[rows // 3].astype(np.float64).mean(0), rtol=1e-5)
+    assert found.centroids.dtype == np.float32
+
+
+def test_same_seed_same_bits_however_the_items_arrive(family):
+    found, vectors, _ = family
+    again = cluster(passes(vectors, np.arange(1000) * 3, size=1000), 1000, domains=5, sample=400, seed=7)
+    for name in ("items", "starts", "train_ends"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
+    np.testing.assert_allclose(found.centroids, again.centroids, rtol=1e-6)
+    other = cluster(passes(vectors, np.arange(1000) * 3), 1000, domains=5, sample=400, seed=8)
+    assert not np.array_equal(found.items, other.items)
+
+
+def test_small_domains_keep_an_item_for_validation():
+    vectors, _ = blobs(12, directions=3)
+    found = cluster(passes(vectors, np.arange(12)), 12, domains=3, sample=100, seed=0)
+    sizes = np.diff(found.starts)
+    assert ((found.starts[1:] - found.train_ends) == np.where(sizes >= 2, 1, 0)).all()
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_domain_without_items_is_dropped():
+    vectors = np.repeat(np.eye(2, 8, dtype=np.float16), 20, axis=0)
+    found = cluster(passes(vectors, np.arange(40)), 40, domains=4, sample=40, seed=0)
+    assert found.domains == 2
+    assert np.diff(found.starts).tolist() == [20, 20]

@@ -1,0 +1,169 @@
+"""Every kind of source gives its documents in order, and a source that cannot be used says why."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem
+
+from supmer_ray.data import sources
+from supmer_ray.data.sources import JsonLines, open_source
+from supmer_ray.errors import UserError
+
+TEXTS = ["One line.", 'Two\nlines, and a "quote".', "Drei Wörter hier."]
+
+
+def texts_of(name):
+    return [text for piece in open_source(str(name)).pieces for text in piece.texts()]
+
+
+@pytest.fixture
+def rows():
+    return pa.table({"text": TEXTS, "number": [1, 2, 3], "title": ["a", "b", "c"]})
+
+
+def json_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_text_file_is_cut_at_blank_lines(tmp_path):
+    file = tmp_path / "news.txt"
+    file.write_text("\ufeffA title\nand a line\n\n\nNext one\n   \nLast one", encoding="utf-8")
+    assert texts_of(file) == ["A title\nand a line\n", "Next one\n", "Last one"]
+
+
+def test_folder_of_text_files_one_document_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "TEXT_FILES_A_PIECE", 2)
+    for name in ("b/2", "a/10", "a/1", "c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n\nsecond paragraph")
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    assert [text.split("\n")[0] for text in texts_of(tmp_path)] == ["a/1", "a/10", "b/2", "c"]
+    assert len(open_source(str(tmp_path)).pieces) == 2
+    assert [text.split("\n")[0] for text in texts_of(tmp_path / "a" / "*.txt")] == ["a/1", "a/10"]
+    assert [text.split("\n")[0] for text in texts_of(tmp_path / "*" / "1*.txt")] == ["a/1", "a/10"]
+    assert len(texts_of(f"file://{tmp_path}")) == 4
+
+
+def test_parquet_by_row_groups(tmp_path, rows):
+    pa.parquet.write_table(rows, tmp_path / "rows.parquet", row_group_size=2)
+    assert texts_of(tmp_path / "rows.parquet") == TEXTS
+    assert len(open_source(str(tmp_path / "rows.parquet")).pieces) == 2
+    assert texts_of(f"{tmp_path / 'rows.parquet'}::title") == ["a", "b", "c"]
+
+
+def test_csv(tmp_path, rows):
+    pa.csv.write_csv(rows, tmp_path / "rows.csv")
+    assert texts_of(tmp_path / "rows.csv") == TEXTS
+    (tmp_path / "rows.csv").write_text("text\n2023\n17\n")
+    assert texts_of(tmp_path / "rows.csv") == ["2023", "17"]
+
+
+def test_json_lines_and_lists(tmp_path, rows):
+    file = json_lines(tmp_path / "rows.jsonl", [*rows.to_pylist(), {"text": None}])
+    assert texts_of(file) == TEXTS
+    file.rename(tmp_path / "rows.json")
+    assert texts_of(tmp_path / "rows.json") == TEXTS
+    (tmp_path / "rows.json").write_text(json.dumps(rows.to_pylist(), indent=1))
+    assert texts_of(tmp_path / "rows.json") == TEXTS
+
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=8), st.integers(1, 40))
+def test_pieces_of_json_lines_hold_each_line_once(tmp_path_factory, texts, size):
+    file = json_lines(tmp_path_factory.mktemp("lines") / "rows.jsonl", [{"text": text} for text in texts])
+    total = file.stat().st_size
+    pieces = [
+        JsonLines(LocalFileSystem(), str(file), "text", start, min(start + size, total))
+        for start in range(0, total, size)
+    ]
+    assert [text for piece in pieces for text in piece.texts()] == texts
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_saved_data_sets(tmp_path, rows, shards):
+    data = datasets.Dataset.from_dict(rows.to_pydict())
+    data.save_to_disk(tmp_path / "one", num_shards=shards)
+    assert texts_of(tmp_path / "one") == TEXTS
+    datasets.DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(tmp_path / "dict")
+    assert texts_of(f"{tmp_path / 'dict'}::title") == ["a", "b", "c"]
+    datasets.DatasetDict({"dev": data}).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match=r"no split 'train'.*dev"):
+        open_source(str(tmp_path / "other"))
+
+
+def test_catalog_source():
+    assert len(texts_of("product-reviews")) > 150
+
+
+def test_bad_bytes_cost_only_themselves(tmp_path):
+    (tmp_path / "news.txt").write_bytes("Ein Café am Eck.".encode("latin-1"))
+    assert texts_of(tmp_path / "news.txt") == ["Ein Caf\ufffd am Eck."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "no file, folder or catalog source"),
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b" \n\n ", "holds no text"),
+        ("wide.txt", "Text in UTF-16.".encode("utf-16"), "not UTF-8"),
+        ("empty.jsonl", b"", "holds no text"),
+        ("empty.csv", b"", "Cannot read .*empty.csv"),
+        ("header.csv", b"text,label\n", "holds no text"),
+        ("other.csv", b"body,label\nx,y\n", "no column 'text' .it has body, label.*::COLUMN"),
+        ("other.jsonl", b'{"body": "x"}\n', "Line 1 of .*other.jsonl has no column 'text' .it has body"),
+        ("list.jsonl", b'["x"]\n', "Line 1 of .*no JSON object"),
+        ("number.jsonl", b'{"text": 3}\n', "Line 1 of .*has a int as 'text'"),
+        ("broken.jsonl", b"{text}\n", "Line 1 of .*broken.jsonl is not JSON"),
+        ("broken.json", b"[1,", "Cannot read .*broken.json"),
+        ("broken.parquet", b"PAR1 no", "Cannot read .*broken.parquet"),
+        ("picture.png", b"\x89PNG", "no text format"),
+    ],
+)
+def test_a_source_that_cannot_be_used(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_hold_no_text(tmp_path, rows):
+    pa.parquet.write_table(rows, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"column 'number' .* holds int64"):
+        open_source(f"{tmp_path / 'rows.parquet'}::number")
+
+
+def test_folders_without_text(tmp_path):
+    with pytest.raises(UserError, match="holds no file in"):
+        open_source(str(tmp_path))
+    with pytest.raises(UserError, match="holds no file in"):
+        open_source(str(tmp_path / "*.txt"))
+
+
+def test_a_bad_line_is_named_in_any_piece(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two"}\noops\n')
+    piece = JsonLines(LocalFileSystem(), str(file), "text", 20, file.stat().st_size)
+    with pytest.raises(UserError, match="Line 3 of"):
+        list(piece.texts())
+
+
+def test_a_misspelt_catalog_name_and_address():
+    with pytest.raises(UserError, match="did you mean 'reuters'"):
+        open_source("reuterz")
+    with pytest.raises(UserError, match="Cannot reach 'ftpx://somewhere/x'"):
+        open_source("ftpx://somewhere/x")
+
+
+def test_an_unreachable_hub(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"Cannot read 'hub:nobody/nothing'.*hub is reachable"):
+        open_source("hub:nobody/nothing")
