@@ -20,13 +20,29 @@ LETTERS = ("A", "B", "C", "D")
 Ids = Sequence[int] | np.ndarray
 
 
-def shorten(parts: Sequence[Ids], budget: int) -> list[list[int]]:
-    """Cut the ends of `parts` in proportion until they hold at most `budget` ids; each keeps at least one."""
-    lengths = np.array([len(part) for part in parts])
-    total = int(lengths.sum())
-    if total > budget:
-        lengths = np.maximum(1, lengths * budget // total)
-    return [list(map(int, part[:length])) for part, length in zip(parts, lengths, strict=True)]
+def shortened(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens each text keeps so that all together have at most `room`.
+
+    In proportion to their lengths, rounded up; what that is too much is taken from the longest, so
+    that a single word beside a long passage is the last to go.
+
+    Example:
+        >>> shortened([1, 500], 400)
+        [1, 399]
+    """
+    total = sum(lengths)
+    if total <= room:
+        return list(lengths)
+    kept = [-(-length * room // total) for length in lengths]
+    for _ in range(sum(kept) - room):
+        kept[kept.index(max(kept))] -= 1
+    return kept
+
+
+def shorten(parts: Sequence[Ids], room: int) -> list[list[int]]:
+    """The beginnings of `parts` that `shortened` keeps."""
+    kept = shortened([len(part) for part in parts], room)
+    return [list(map(int, part[:length])) for part, length in zip(parts, kept, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class TaskDraw:
         if len(usable) < 2 * need:
             raise UserError(
                 f"Task type '{self.name}' needs {2 * need} domains with {MINIMUM_ITEMS} or more {self.split} items, "
-                f"and the store has {len(usable)}; prepare it from more text, or leave '{self.name}' out of tasks.mixture."
+                f"and the store has {len(usable)}; prepare it from more text, or take it out of tasks.mixture."
             )
         drawn = self.generator.choice(usable, size=2 * need, replace=False)
         return drawn[:need], drawn[need:]

@@ -1,0 +1,287 @@
+"""The five task types and three formats: what an example holds, and that a task depends on its index alone."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supmer_ray.config import TASK_TYPES, PrepareConfig, TasksConfig
+from supmer_ray.data.store import (
+    FAMILIES,
+    BackboneRecord,
+    Family,
+    Manifest,
+    SentenceWriter,
+    Store,
+    family_record,
+    file_records,
+    item_rows,
+    write_family,
+    write_manifest,
+)
+from supmer_ray.errors import UserError
+from supmer_ray.tasks.batch import Examples, TaskBatch, collate, micro_batches
+from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
+from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten
+from supmer_ray.tasks.types import ANSWERS, balanced, domain_similarity
+
+PREFIX, SUFFIX, SENTINEL, CLOSING = 1, 2, 3, 4
+WORDS = {word: 10 + number for number, word in enumerate((*PAIR_ANSWERS, *LETTERS))}
+MARKS = ((30, 31), (32, 33), (32, 34), (32, 35))
+QUESTION = (32, 30, 40, 41)
+FIRST_ROW = 1000
+"""Sentence row r consists of the id FIRST_ROW + r, so that an example tells which rows it was made of."""
+DOMAINS = 9
+
+
+def make_formats(max_length=80, anchor_length=40, candidate_length=12):
+    return Formats(
+        (PREFIX,), (SUFFIX,), SENTINEL, CLOSING, WORDS, MARKS, QUESTION, max_length, anchor_length, candidate_length
+    )
+
+
+def family_of(rows, centroids):
+    """Items in round robin over the domains, nine tenths for training."""
+    order = np.argsort(rows % DOMAINS, kind="stable")
+    starts = np.searchsorted((rows % DOMAINS)[order], np.arange(DOMAINS + 1))
+    ends = starts[1:] - np.maximum(1, np.diff(starts) // 10)
+    return Family(centroids, rows[order], starts.astype(np.int64), ends.astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    sizes = [int(size) for size in np.random.default_rng(0).integers(1, 12, 120)]
+    row = 0
+    with SentenceWriter(folder) as writer:
+        for size in sizes:
+            tokens = [[FIRST_ROW + row + k] * (1 + (row + k) % 5) for k in range(size)]
+            texts = [[f"sentence {row + k}" for k in range(size)]]
+            writer.write(pa.array(texts, pa.list_(pa.string())), pa.array([tokens], pa.list_(pa.list_(pa.int32()))))
+            row += size
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    centroids = np.random.default_rng(1).normal(size=(DOMAINS, 6)).astype(np.float32)
+    families = {name: family_of(item_rows(name, starts, 0, row), centroids) for name in FAMILIES}
+    for name, family in families.items():
+        write_family(folder, name, family)
+    manifest = Manifest(
+        corpus="c", documents=len(sizes), sentences=row, tokens=writer.tokens,
+        backbone=BackboneRecord(name="b", fingerprint="f", tokenizer_fingerprint="t", d_model=6),
+        families={name: family_record(family) for name, family in families.items()},
+        settings=PrepareConfig(sources=("x",)), files=file_records(folder),
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+    return Store.open(folder)
+
+
+def make_builder(store, seed=0, **tasks):
+    return TaskBuilder(store, make_formats(), TasksConfig(**{"support": 12, "query": 12, **tasks}), seed)
+
+
+def rows_in(ids):
+    """The sentence rows of an input, in order, without repetition."""
+    rows = [int(token) - FIRST_ROW for token in ids if token >= FIRST_ROW]
+    return [row for number, row in enumerate(rows) if number == 0 or rows[number - 1] != row]
+
+
+def inputs_of(examples):
+    return [examples.tokens[a:b] for a, b in zip(examples.offsets, examples.offsets[1:], strict=False)]
+
+
+def answers_of(examples):
+    names = {number: word for word, number in WORDS.items()}
+    return [names[int(label)] for label in examples.labels[:, 1]]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_neighbouring_sentence_prediction(store, index):
+    task = make_builder(store).validation_task("nsp", index)
+    for ids, answer in zip(inputs_of(task.support), answers_of(task.support), strict=True):
+        first, second = rows_in(ids)
+        same = store.document(first) == store.document(second)
+        assert {"yes": same and second == first + 1, "maybe": same and abs(second - first) > 1, "no": not same}[answer]
+        assert list(ids).count(SENTINEL) == 1
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_neighbouring_sentence_selection(store, index):
+    task = make_builder(store).validation_task("nss", index)
+    for ids, answer in zip(inputs_of(task.query), answers_of(task.query), strict=True):
+        before, anchor, *candidates = rows_in(ids)
+        assert anchor == before + 1
+        right = LETTERS.index(answer)
+        assert candidates[right] == anchor + 1
+        assert anchor + 1 not in candidates[:right] + candidates[right + 1 :]
+        documents = {store.document(row) == store.document(anchor) for row in candidates}
+        assert documents == {True, False}, "distractors come from the same and from other documents"
+
+
+def domain_of(row):
+    return row % DOMAINS
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_same_cluster_sentence_prediction(store, index):
+    task = make_builder(store).validation_task("scsp", index)
+    anchors = set()
+    for ids, answer in zip(inputs_of(task.support), answers_of(task.support), strict=True):
+        marker = list(ids).index(SENTINEL)
+        (first,), (second,) = rows_in(ids[:marker]), rows_in(ids[marker:])
+        assert (domain_of(first) == domain_of(second)) == (answer == "yes")
+        anchors.add(domain_of(first))
+    assert len(anchors) == 1
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_same_cluster_sentence_selection(store, index):
+    task = make_builder(store).task(index) if index % 2 else make_builder(store).validation_task("scss", index)
+    if task.names != ["scss"]:
+        task = make_builder(store, mixture={"scss": 1}).task(index)
+    for ids, answer in zip(inputs_of(task.support), answers_of(task.support), strict=True):
+        anchor, *candidates = rows_in(ids)
+        if len(candidates) == 4:  # two equal neighbours melt into one in `rows_in`
+            matches = [domain_of(row) == domain_of(anchor) for row in candidates]
+            assert matches == [letter == answer for letter in LETTERS]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_sentence_cluster_classification_inserts_centroids(store, index):
+    task = make_builder(store).validation_task("scc", index)
+    centroids = store.family("ss").centroids
+    for ids, answer in zip(inputs_of(task.support), answers_of(task.support), strict=True):
+        (row,) = rows_in(ids)
+        assert [int(token) for token in ids if token < 0] == [-1, -2, -3, -4]
+        np.testing.assert_array_equal(task.support.vectors[0, LETTERS.index(answer)], centroids[domain_of(row)])
+    assert not np.array_equal(task.support.vectors, task.partner.vectors)
+
+
+@pytest.mark.parametrize("name", TASK_TYPES)
+def test_sets_are_balanced_and_of_the_asked_size(store, name):
+    task = make_builder(store, support=10, query=14).validation_task(name, 0)
+    for examples, size in ((task.support, 10), (task.query, 14), (task.partner, 14)):
+        counts = [answers_of(examples).count(answer) for answer in ANSWERS[name]]
+        assert sum(counts) == size
+        assert max(counts) - min(counts) <= 1
+
+
+def test_a_task_is_a_function_of_its_index(store):
+    def same(one, other):
+        for a, b in ((one.support, other.support), (one.query, other.query), (one.partner, other.partner)):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            np.testing.assert_array_equal(a.labels, b.labels)
+
+    first, second = make_builder(store), make_builder(store)
+    for index in (7, 3, 7):
+        same(first.task(index), second.task(index))
+    assert not np.array_equal(first.task(0).support.tokens, make_builder(store, seed=1).task(0).support.tokens)
+    one = first.shard(2, 0, 1)
+    halves = TaskBatch.concat([first.shard(2, rank, 2) for rank in (0, 1)])
+    same(one, halves)
+    assert one.names == halves.names and len(set(one.names)) == 1
+
+
+def test_the_mixture_decides_how_often_a_type_comes():
+    drawn = [task_type_of_step({"nsp": 3, "scc": 1}, 0, step) for step in range(2000)]
+    assert set(drawn) == {"nsp", "scc"}
+    assert 0.70 < drawn.count("nsp") / 2000 < 0.80
+
+
+def test_too_few_domains_are_refused(store):
+    builder = make_builder(store)
+    family = store.family("ss")
+    few = Family(family.centroids[:1], family.items, family.starts[:2], family.train_ends[:1])
+    saved, store._families["ss"] = store._families["ss"], few
+    try:
+        with pytest.raises(UserError, match="needs 8 domains"):
+            builder.validation_task("scc", 0)
+    finally:
+        store._families["ss"] = saved
+
+
+ids_lists = st.lists(st.lists(st.integers(50, 60), min_size=1, max_size=120), min_size=2, max_size=5)
+
+
+@given(ids_lists, st.integers(5, 200))
+def test_shorten_keeps_to_the_budget_and_to_the_beginnings(parts, budget):
+    cut = shorten(parts, budget)
+    assert sum(map(len, cut)) <= budget
+    assert all(part[: len(short)] == short and short for part, short in zip(parts, cut, strict=True))
+    if sum(map(len, parts)) <= budget:
+        assert cut == parts
+
+
+@given(st.lists(st.lists(st.integers(50, 60), min_size=1, max_size=150), min_size=5, max_size=5), st.integers(32, 120))
+def test_no_format_exceeds_its_length_or_loses_its_frame(parts, max_length):
+    formats = make_formats(max_length)
+    pair = formats.sentence_pair(parts[0], parts[1])
+    choice = formats.multiple_choice(parts[0], parts[1:])
+    single = formats.single_sentence(parts[0])
+    for ids in (pair, choice, single):
+        assert len(ids) <= max_length
+        assert ids[0] == PREFIX and ids[-1] == SUFFIX and ids.count(SENTINEL) == 1
+    for ids in (choice, single):
+        assert ids[-2 - len(QUESTION) : -2] == list(QUESTION)
+        assert [t for t in ids if t in (31, 33, 34, 35)] == [31, 33, 34, 35]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 40))
+def test_balanced(seed, classes, count):
+    counts = np.bincount(balanced(np.random.default_rng(seed), classes, count), minlength=classes)
+    assert counts.sum() == count and counts.max() - counts.min() <= 1
+
+
+lengths_arrays = st.lists(st.integers(1, 400), min_size=1, max_size=60).map(np.array)
+
+
+@given(lengths_arrays, st.integers(0, 100), st.integers(64, 4096))
+def test_micro_batches_hold_everyone_once_within_the_budget(lengths, overhead, budget):
+    parts = micro_batches(lengths, overhead, budget)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * (overhead + lengths[part].max()) <= budget
+
+
+examples_strategy = st.lists(
+    st.tuples(st.lists(st.integers(-3, 99), min_size=1, max_size=30), st.lists(st.integers(0, 99), min_size=3, max_size=3)),
+    min_size=1,
+    max_size=12,
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(examples_strategy, st.randoms())
+def test_collation_pads_and_loses_nothing(pairs, random):
+    inputs, labels = zip(*pairs, strict=True)
+    examples = Examples.of(inputs, labels, np.ones((3, 4)))
+    order = np.array(random.sample(range(len(inputs)), len(inputs)))
+    rows = collate(examples, order, pad=7, start=9)
+    for at, number in enumerate(order):
+        real = rows.attention_mask[at].bool()
+        assert rows.input_ids[at][real].tolist() == inputs[number]
+        assert set(rows.input_ids[at][~real].tolist()) <= {7}
+        assert rows.labels[at].tolist() == labels[number]
+        assert rows.decoder_input_ids[at].tolist() == [9, *labels[number][:-1]]
+    assert rows.input_ids.shape[1] == max(map(len, inputs))
+
+
+def test_a_batch_comes_back_from_arrow(store):
+    builder = make_builder(store)
+    for name in ("nsp", "scc"):
+        batch = TaskBatch.concat([builder.validation_task(name, index) for index in range(3)])
+        back = TaskBatch.from_arrow(batch.to_arrow())
+        assert back.names == batch.names
+        np.testing.assert_array_equal(back.domain_similarity, batch.domain_similarity)
+        for role in ("support", "query", "partner"):
+            for array, value in vars(getattr(batch, role)).items():
+                found = getattr(getattr(back, role), array)
+                np.testing.assert_array_equal(found, value)
+                assert found.dtype == value.dtype, (role, array)
+
+
+def test_domain_similarity():
+    up, right = np.array([[0.0, 2.0]]), np.array([[3.0, 0.0]])
+    assert domain_similarity(up, up) == pytest.approx(1)
+    assert domain_similarity(up, -up) == pytest.approx(0)
+    assert domain_similarity(up, right) == pytest.approx(0.5)
+    assert domain_similarity(np.concatenate([up, 1.5 * up]), up) == pytest.approx(1)
