@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 
 from supmer_ray.config import WorkersConfig
 from supmer_ray.errors import UserError
+
+BUILDER_CPUS = 0.5
+"""What a builder of meta-tasks reserves: it is idle most of the time, waiting for the training step."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,13 @@ def require_room(resources: Resources, workers: WorkersConfig) -> None:
         UserError: too few CPUs or GPUs, with the numbers.
     """
     builders = workers.count * workers.builders
-    need = workers.count * workers.cpus + builders
+    need = workers.count * workers.cpus + builders * BUILDER_CPUS
     if need > resources.cpus:
-        fits = int(resources.cpus // (workers.cpus + workers.builders))
-        instead = f"set workers.count to at most {fits}" if fits else "give Ray at least 2 CPUs"
+        fits = int(resources.cpus // (workers.cpus + workers.builders * BUILDER_CPUS))
+        instead = f"set workers.count to at most {fits}" if fits else f"give Ray at least {math.ceil(need)} CPUs"
         raise UserError(
-            f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of 1 CPU need {need:g} CPUs, "
-            f"but the cluster has {resources.cpus:g}; {instead}."
+            f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of {BUILDER_CPUS:g} need {need:g} "
+            f"CPUs, but the cluster has {resources.cpus:g}; {instead}."
         )
     if workers.gpu and workers.count > resources.gpus:
         raise UserError(

@@ -19,6 +19,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from supmer_ray.cluster import BUILDER_CPUS
 from supmer_ray.config import TasksConfig
 from supmer_ray.data.store import Store
 from supmer_ray.tasks.batch import TaskBatch
@@ -86,7 +87,7 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefe
     """The shards of `steps`, in order.
 
     Args:
-        builders: Ray tasks that build at a time; each takes one CPU.
+        builders: Ray tasks that build at a time; each reserves `BUILDER_CPUS`.
         prefetch: batches that are kept ready in this process.
     """
     if not steps:
@@ -96,6 +97,8 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefe
     context.execution_options.preserve_order = True
     # As many blocks as tasks: Ray Data would otherwise split each task's output once more.
     blocks = len(_parts(steps))
-    rows = ray.data.read_datasource(MetaTasks(source, steps), concurrency=builders, override_num_blocks=blocks)
+    rows = ray.data.read_datasource(
+        MetaTasks(source, steps), num_cpus=BUILDER_CPUS, concurrency=builders, override_num_blocks=blocks
+    )
     for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
         yield TaskBatch.from_arrow(row.combine_chunks())

@@ -4,7 +4,9 @@ import pytest
 import ray
 from tiny import make_tiny_t5
 
+from supmer_ray.config import PrepareConfig
 from supmer_ray.data.catalog import unlabelled
+from supmer_ray.data.prepare import prepare
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,11 @@ def bbc_texts():
 def tiny_t5(tmp_path_factory, bbc_texts):
     """The folder of a random T5 whose vocabulary comes from BBC news."""
     return make_tiny_t5(tmp_path_factory.mktemp("tiny-t5"), bbc_texts[:200])
+
+
+@pytest.fixture(scope="session")
+def tiny_store(ray_cluster, tiny_t5, tmp_path_factory):
+    """The folder of a store of 60 BBC articles in 12 domains, prepared with the tiny T5."""
+    out = tmp_path_factory.mktemp("tiny-store") / "store"
+    prepare(PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=12, max_documents=60), out)
+    return out

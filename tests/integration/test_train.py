@@ -1,0 +1,128 @@
+"""Real Ray Train runs on real text: a run, a killed worker, a resumed job, and what is refused."""
+
+import json
+import os
+import signal
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from supmer_ray.config import TASK_TYPES, load_run_config
+from supmer_ray.errors import UserError
+from supmer_ray.train import train
+
+SETTINGS = [
+    "prompt.length=5",
+    "meta.steps=12",
+    "meta.prompt_rate=0.3",
+    "meta.inner_rate=0.3",
+    "tasks.tasks_per_step=2",
+    "tasks.support=6",
+    "tasks.query=6",
+    "tasks.max_length=120",
+    "schedule.validate_every=12",
+    "schedule.checkpoint_every=3",
+    "schedule.validation_tasks=2",
+]
+
+
+def rows_of(file, kind):
+    return [row for row in map(json.loads, file.read_text().splitlines()) if row["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_cluster, tiny_store, tmp_path_factory):
+    """A run from beginning to end, that the disturbed ones are compared with."""
+    return train(load_run_config(None, SETTINGS), tiny_store, tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+def assert_same_weights(one, other):
+    for name in ("prompt.safetensors", "regularizer.safetensors", "optimizer.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert torch.equal(value, second[key]), (name, key)
+
+
+def test_the_meta_loss_falls_on_validation_tasks_of_every_type(undisturbed):
+    before, after = (row["validation"] for row in rows_of(undisturbed.metrics, "validation"))
+    assert before.keys() == set(TASK_TYPES)
+    for name in TASK_TYPES:
+        assert after[name]["loss"] < before[name]["loss"], name
+
+
+def test_every_step_is_recorded_once_with_its_metrics(undisturbed):
+    rows = rows_of(undisturbed.metrics, "step")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row in rows:
+        assert 0 <= row["similarity"] <= 1 and 0 <= row["gate"] <= 1 and 0 <= row["mixing"] <= 1
+        assert row["step_seconds"] > 0 and row["tokens"] > 0
+    assert sorted(path.suffix for path in undisturbed.checkpoint.iterdir()) == [".json"] * 2 + [".safetensors"] * 3
+
+
+def test_a_killed_worker_changes_nothing(undisturbed, tiny_store, tmp_path):
+    """SIGKILL in the middle: Ray Train restarts from the last checkpoint; the weights are equal bit for bit."""
+    killed = []
+
+    def kill_at_step_five(row):
+        if row["kind"] == "step" and row["step"] == 5 and not killed:
+            workers = [process for process in psutil.process_iter(["cmdline"]) if is_worker(process)]
+            killed.extend(process.pid for process in workers)
+            for process in workers:
+                os.kill(process.pid, signal.SIGKILL)
+
+    def is_worker(process):
+        return any("RayTrainWorker" in part for part in process.info["cmdline"] or ())
+
+    # Slow enough steps that the kill falls before the end: the disturbed run follows its own metrics file.
+    result = train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "killed", progress=kill_at_step_five)
+    assert killed
+    assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
+    assert_same_weights(result.checkpoint, undisturbed.checkpoint)
+
+
+def test_a_stopped_job_resumes_bit_for_bit(undisturbed, tiny_store, tmp_path):
+    out = tmp_path / "stopped"
+    config = load_run_config(None, [*SETTINGS, "workers.max_failures=0"])
+
+    def stop(row):
+        if row["kind"] == "step" and row["step"] == 7:
+            for process in psutil.process_iter(["cmdline"]):
+                if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
+                    os.kill(process.pid, signal.SIGKILL)
+
+    with pytest.raises(Exception, match="Training failed"):
+        train(config, tiny_store, out, progress=stop)
+    assert not (out / "checkpoint").exists()
+    result = train(config, tiny_store, out, resume=True)
+    assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
+    assert_same_weights(result.checkpoint, undisturbed.checkpoint)
+
+
+def test_two_workers_learn_what_one_learns(undisturbed, tiny_store, tmp_path):
+    config = load_run_config(None, [*SETTINGS, "workers.count=2", "workers.cpus=0.5"])
+    result = train(config, tiny_store, tmp_path / "two")
+    one, two = (load_file(run.checkpoint / "prompt.safetensors")["prompt"] for run in (undisturbed, result))
+    assert float((one - two).abs().max()) < 1e-3
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(ray_cluster, undisturbed, tiny_store, tmp_path):
+    out = tmp_path / "refused"
+    with pytest.raises(UserError, match="CPUs"):
+        train(load_run_config(None, ["workers.cpus=64"]), tiny_store, out)
+    with pytest.raises(UserError, match="holds no run to resume"):
+        train(load_run_config(None, SETTINGS), tiny_store, tmp_path, resume=True)
+    with pytest.raises(UserError, match="There is no store"):
+        train(load_run_config(None, SETTINGS), tmp_path / "nowhere", out)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(load_run_config(None, SETTINGS), tiny_store, undisturbed.checkpoint.parent)
+    with pytest.raises(UserError, match="'prompt'"):
+        train(
+            load_run_config(None, [*SETTINGS, "prompt.length=7"]),
+            tiny_store,
+            undisturbed.checkpoint.parent,
+            resume=True,
+        )
+    assert not out.exists()

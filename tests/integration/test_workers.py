@@ -1,0 +1,64 @@
+"""Two real worker processes over gloo find the gradients that one worker finds."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+
+from supmer_ray.config import load_run_config
+from supmer_ray.data.store import Store
+from supmer_ray.meta.loop import make_formats, reduce_sums
+from supmer_ray.meta.state import MetaState
+from supmer_ray.meta.step import MetaStep
+from supmer_ray.model.backbone import load_backbone
+from supmer_ray.tasks.builder import TaskBuilder
+
+SETTINGS = ["prompt.length=5", "tasks.support=6", "tasks.query=6", "tasks.tasks_per_step=4", "tasks.max_length=120"]
+
+
+def mean_gradients(store_path, step, rank, workers, token_budget):
+    """What `Learner.train_step` averages, for one step, as named float32 tensors."""
+    torch.set_num_threads(1)
+    config = load_run_config(None, SETTINGS)
+    store = Store.open(store_path)
+    backbone = load_backbone(store.manifest.backbone.name)
+    state = MetaState.fresh(config, backbone)
+    batch = TaskBuilder(store, make_formats(config, backbone), config.tasks, config.seed).shard(step, rank, workers)
+    first = rank * len(batch)
+    mixing = np.array([1.0, 0.4, 0.7, 0.9])[first : first + len(batch)]
+    meta_step = MetaStep(backbone, state.regularizer, token_budget=token_budget)
+    found = meta_step(state.prompt, state.inner_rates(), batch, mixing[batch.query.task])
+    mean, metrics = reduce_sums(found, float(mixing.sum()))
+    phi = {f"phi.{number}": gradient.contiguous() for number, gradient in enumerate(mean.regularizer)}
+    return {"theta": mean.prompt, "rates": mean.inner_rates, **phi, "metrics": torch.tensor(list(metrics.values()))}
+
+
+def worker(rank, store_path, step, folder, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    save_file(mean_gradients(store_path, step, rank, 2, 4096), folder / f"{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_two_workers_and_micro_batches_agree_with_one_worker(tiny_store, tmp_path, step):
+    one = mean_gradients(tiny_store, step, 0, 1, 1 << 20)
+    micro = mean_gradients(tiny_store, step, 0, 1, 200)
+    torch.multiprocessing.spawn(worker, (tiny_store, step, tmp_path, free_port()), nprocs=2)
+    two, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    for name, expected in one.items():
+        scale = max(1.0, float(expected.abs().max()))
+        for found in (micro, two, other):
+            assert float((found[name] - expected).abs().max()) / scale < 1e-6, name
