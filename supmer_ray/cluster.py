@@ -63,8 +63,8 @@ def require_room(resources: Resources, workers: WorkersConfig) -> None:
         fits = int(resources.cpus // (workers.cpus + workers.builders * BUILDER_CPUS))
         instead = f"set workers.count to at most {fits}" if fits else f"give Ray at least {math.ceil(need)} CPUs"
         raise UserError(
-            f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of {BUILDER_CPUS:g} need {need:g} "
-            f"CPUs, but the cluster has {resources.cpus:g}; {instead}."
+            f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of {BUILDER_CPUS:g} need "
+            f"{need:g} CPUs, but the cluster has {resources.cpus:g}; {instead}."
         )
     if workers.gpu and workers.count > resources.gpus:
         raise UserError(

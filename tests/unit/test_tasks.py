@@ -243,7 +243,9 @@ def test_micro_batches_hold_everyone_once_within_the_budget(lengths, overhead, b
 
 
 examples_strategy = st.lists(
-    st.tuples(st.lists(st.integers(-3, 99), min_size=1, max_size=30), st.lists(st.integers(0, 99), min_size=3, max_size=3)),
+    st.tuples(
+        st.lists(st.integers(-3, 99), min_size=1, max_size=30), st.lists(st.integers(0, 99), min_size=3, max_size=3)
+    ),
     min_size=1,
     max_size=12,
 )  # fmt: skip

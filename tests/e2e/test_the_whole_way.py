@@ -1,0 +1,72 @@
+"""The README's way through the command line, on real text and the embedded backbone, in small."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from supmer_ray.data.catalog import labelled
+
+SMALL = [
+    "prompt.length=8", "meta.steps=4", "tasks.tasks_per_step=2", "tasks.support=4", "tasks.query=4",
+    "tasks.max_length=100", "schedule.validation_tasks=1", "schedule.validate_every=4", "schedule.checkpoint_every=2",
+]  # fmt: skip
+
+
+def supmer(*arguments):
+    """Run the command as a user does: a process of its own, with a Ray of its own."""
+    code = "from supmer_ray.cli import main; main()"
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("way")
+
+
+def test_prepare_train_adapt_predict(folder):
+    store, run, adapted = folder / "store", folder / "run", folder / "adapted"
+    said = supmer("prepare", "--source", "bbc", "--max-documents", 60, "--domains", 12, "--out", store)
+    assert "60 documents" in said.stdout
+    supmer("train", "--store", store, "--out", run, *(part for pair in SMALL for part in ("--set", pair)))
+    assert {path.name for path in (run / "checkpoint").iterdir()} >= {"prompt.safetensors", "regularizer.safetensors"}
+    assert not [path for path in run.rglob("*") if path.suffix in (".pkl", ".pt", ".bin")]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4]
+
+    task = folder / "headlines.yaml"
+    frame = labelled("bbc-topic").query("label in ['sport', 'business']")
+    for split in ("train", "test"):
+        frame[frame["split"] == split][["headline", "label"]].head(120).to_csv(folder / f"{split}.csv", index=False)
+    train = frame[frame["split"] == "train"].groupby("label").head(40)
+    train[["headline", "label"]].to_csv(folder / "train.csv", index=False)
+    task.write_text(
+        "name: headlines\ndescription: sport or business\n"
+        "data:\n  files: {train: train.csv, test: test.csv}\n"
+        "fields: [headline]\nlabel: label\n"
+        "patterns: ['{headline} topic : {mask} .']\n"
+        "verbalizers: {sport: sport, business: business}\n"
+    )
+    said = supmer(
+        "adapt", "--task", task, "--checkpoint", run / "checkpoint", "--shots", 8, "--steps", 4, "--out", adapted
+    )
+    assert "test accuracy" in said.stdout
+
+    headlines = ["Striker scores twice in cup final", "Bank raises profit forecast", "Coach quits after defeat"]
+    with (folder / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["id", "headline"], *enumerate(headlines)])
+    supmer("predict", "--adapted", adapted, "--input", folder / "rows.csv", "--output", folder / "out.csv")
+    with (folder / "out.csv").open() as stream:
+        labelled_rows = list(csv.DictReader(stream))
+    assert [row["headline"] for row in labelled_rows] == headlines
+    for row in labelled_rows:
+        assert row["predicted_label"] in ("sport", "business") and 0.5 <= float(row["probability"]) <= 1

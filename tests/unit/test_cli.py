@@ -1,0 +1,93 @@
+"""The command line: fast help, and every mistake one sentence with exit status 2 and nothing written."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "meta_step.safetensors"
+
+
+def supmer(*arguments, **options):
+    command = [sys.executable, "-c", "from supmer_ray.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def refused(*arguments):
+    done = supmer(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("supmer: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy():
+    probe = (
+        "import sys, supmer_ray.cli; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'transformers', 'datasets', 'pandas')))"
+    )
+    assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
+    # Processor time, not wall time: what else the machine does must not decide.
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "prepare" in supmer("--help").stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+
+
+def test_configuration_mistakes(tmp_path):
+    out = tmp_path / "out"
+    assert "did you mean 'steps'" in refused("train", "--store", tmp_path, "--out", out, "--set", "meta.stpes=1")
+    assert "Cannot read" in refused("train", "--store", tmp_path, "--out", out, "--config", tmp_path / "no.yaml")
+    assert "domains" in refused("prepare", "--source", "bbc", "--out", out, "--domains", "1")
+    assert "shots" in refused("adapt", "--task", "bbc-topic", "--out", out, "--shots", "0")
+    assert not out.exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "kept").write_text("precious")
+    assert "--overwrite" in refused("prepare", "--source", "bbc", "--out", tmp_path)
+    message = refused("train", "--store", tmp_path, "--out", tmp_path)
+    assert "--overwrite" in message and "--resume" in message
+    assert "--overwrite" in refused("quickstart", "--out", tmp_path)
+    assert "--overwrite" in refused("adapt", "--task", "bbc-topic", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_inputs_that_do_not_exist(tmp_path):
+    out = tmp_path / "out"
+    assert "There is no store" in refused("train", "--store", tmp_path / "nowhere", "--out", out)
+    assert "no task" in refused("adapt", "--task", "bbc-topics", "--out", out)
+    assert "adapted.json" in refused(
+        "predict", "--adapted", tmp_path, "--input", "x.csv", "--output", tmp_path / "y.csv"
+    )
+    assert not out.exists()
+
+
+def test_doctor_replays_a_golden_file():
+    done = supmer("doctor", "--golden", FIXTURE)
+    assert done.returncode == 0, done.stderr
+    assert "within 1e-09" in done.stdout and "meta-gradient of theta" in done.stdout
+
+
+@pytest.mark.parametrize("quantity", ["task1.out.support_gradient", "task0.out.gate"])
+def test_doctor_finds_a_changed_number(tmp_path, quantity):
+    tensors = load_file(FIXTURE)
+    tensors[quantity] = tensors[quantity] + 1e-7
+    save_file(tensors, tmp_path / FIXTURE.name)
+    shutil.copy(FIXTURE.with_suffix(".json"), tmp_path)
+    done = supmer("doctor", "--golden", tmp_path / FIXTURE.name)
+    assert done.returncode == 1
+    assert "DIFFERS" in done.stdout
+
+
+def test_doctor_refuses_what_is_no_golden_file(tmp_path):
+    assert "There is no golden file" in refused("doctor", "--golden", tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    (tmp_path / "bad.json").write_text("{}")
+    assert "is not a golden file" in refused("doctor", "--golden", tmp_path / "bad.safetensors")

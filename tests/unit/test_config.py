@@ -1,0 +1,81 @@
+"""The configuration refuses what cannot be meant, names the key, and says what to write instead."""
+
+import pytest
+
+from supmer_ray.config import AdaptConfig, RunConfig, build, load_run_config, override, read_yaml
+from supmer_ray.errors import UserError
+
+
+def test_defaults_are_the_papers():
+    config = load_run_config(None)
+    assert (config.prompt.length, config.tasks.tasks_per_step, config.tasks.support) == (100, 4, 16)
+    assert (config.meta.prompt_rate, config.meta.regularizer_rate, config.meta.inner_rate) == (0.1, 1e-4, None)
+    assert (config.meta.curriculum.m, config.meta.curriculum.a, config.meta.curriculum.ema) == (2, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("meta.stpes=3", r"Unknown key 'meta\.stpes' in the command line; did you mean 'steps'\?"),
+        ("promt=1", r"Unknown key 'promt' in the command line; did you mean 'prompt'\?"),
+        (
+            "meta.curriculum.mm=2",
+            r"Unknown key 'meta\.curriculum\.mm'.*curriculum|Unknown key.*known are|did you mean 'm'",
+        ),
+        ("meta.steps=-1", r"'meta\.steps'.*greater than or equal to 1, not -1"),
+        ("meta.steps=many", r"'meta\.steps'.*not 'many'"),
+        ("meta.order=third", r"'meta\.order'.*'first' or 'second'"),
+        ("meta.inner_rate=-0.1", r"inner_rate -0\.1 must be positive"),
+        ("tasks.mixture={nps: 1}", r"unknown task type 'nps'; did you mean"),
+        ("tasks.mixture={nsp: 0}", r"every weight is 0"),
+        ("tasks.mixture={nsp: -2}", r"weights are 0 or more"),
+        ("meta.learn_inner_rates=true", r"learn_inner_rates needs a starting inner_rate"),
+        ("workers.count=3", r"tasks must divide|must divide evenly"),
+        ("prompt.length", r"has no '='"),
+        ("seed.x.y=1", r"Impossible value for 'seed'"),
+        ("meta.steps.x=1", r"Impossible value for 'meta\.steps'"),
+    ],
+)
+def test_one_sentence_for_each_mistake(assignment, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_run_config(None, [assignment])
+    assert "\n" not in str(caught.value)
+
+
+def test_rates_must_fit_the_inner_steps():
+    with pytest.raises(UserError, match="lists 3 rates but inner_steps is 2"):
+        load_run_config(None, ["meta.inner_steps=2", "meta.inner_rate=[0.1, 0.2, 0.3]"])
+    assert load_run_config(None, ["meta.inner_steps=2", "meta.inner_rate=[0.1, 0.2]"]).meta.inner_rate == (0.1, 0.2)
+
+
+def test_a_file_and_overrides(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("meta:\n  steps: 7\n  curriculum:\n    enabled: false\nseed: 4\n")
+    config = load_run_config(file, ["meta.steps=9", "tasks.mixture={nsp: 2, scc: 1}"])
+    assert (config.meta.steps, config.meta.curriculum.enabled, config.seed) == (9, False, 4)
+    assert config.tasks.mixture == {"nsp": 2.0, "scc": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("- a\n- b\n", "holds a list"), ("a: [1\n", "not valid YAML near line"), ("meta:\n  steps: 0\n", "run.yaml")],
+)
+def test_a_bad_file_is_named(tmp_path, text, sentence):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load_run_config(file)
+    with pytest.raises(UserError, match=r"Cannot read .*nothing\.yaml"):
+        read_yaml(tmp_path / "nothing.yaml")
+
+
+def test_overrides_leave_the_original_alone():
+    values = {"meta": {"steps": 1}}
+    assert override(values, ["meta.steps=2"]) == {"meta": {"steps": 2}}
+    assert values == {"meta": {"steps": 1}}
+
+
+def test_a_configuration_survives_json():
+    config = load_run_config(None, ["meta.inner_steps=2", "meta.inner_rate=[0.1, 0.2]"])
+    assert build(RunConfig, config.model_dump(mode="json"), "here") == config
+    assert AdaptConfig().shots == 16

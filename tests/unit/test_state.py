@@ -1,0 +1,142 @@
+"""Checkpoints: what is saved comes back to the last bit, and what is damaged or foreign is refused."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_tiny_t5
+
+from supmer_ray.config import load_run_config
+from supmer_ray.errors import UserError
+from supmer_ray.meta.curriculum import beta_scale, draw_mixing, running_similarity
+from supmer_ray.meta.state import MetaState, load_checkpoint
+from supmer_ray.meta.step import MetaGradients
+from supmer_ray.model.backbone import load_backbone
+
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "A sentence about markets, music and rain."] * 20
+SETTINGS = ["prompt.length=4", "meta.steps=10"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return load_backbone(str(make_tiny_t5(tmp_path_factory.mktemp("t5"), TEXTS)))
+
+
+def identity(backbone):
+    return {"backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint}, "corpus": "c"}
+
+
+def gradients(state, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def like(tensor):
+        return torch.randn(tensor.shape, generator=generator)
+
+    phi = [like(parameter) for parameter in state.regularizer.parameters()]
+    rest = {"tasks": {}, "support_gradient": None, "update": None, "task_embedding": None}
+    return MetaGradients(like(state.prompt), phi, like(state.log_rates), **rest)
+
+
+def advance(state, steps):
+    for _ in range(steps):
+        state.apply(gradients(state, state.progress.step))
+        state.progress.step += 1
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["regularizer.enabled=false"], ["meta.inner_rate=0.2", "meta.learn_inner_rates=true"]]
+)
+def test_a_resumed_state_goes_on_bit_for_bit(backbone, tmp_path, settings):
+    config = load_run_config(None, [*SETTINGS, *settings])
+    whole = MetaState.fresh(config, backbone)
+    advance(whole, 3)
+    whole.save(tmp_path, identity(backbone))
+    advance(whole, 4)
+    resumed = MetaState.resume(tmp_path, config, backbone)
+    assert resumed.progress.step == 3
+    advance(resumed, 4)
+    assert torch.equal(whole.prompt, resumed.prompt)
+    assert torch.equal(whole.inner_rates(), resumed.inner_rates())
+    for one, other in zip(whole.regularizer.parameters(), resumed.regularizer.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rates_decay_to_zero_and_groups_are_clipped_for_themselves(backbone):
+    state = MetaState.fresh(load_run_config(None, [*SETTINGS, "meta.prompt_rate=0.5"]), backbone)
+    assert state.inner_rates().tolist() == [0.5]
+    advance(state, 5)
+    assert state.inner_rates().tolist() == pytest.approx([0.25])
+    assert state.inner_rates(decayed=False).tolist() == [0.5]
+    advance(state, 5)
+    before = state.prompt.detach().clone()
+    assert state.remaining == 0
+    advance(state, 1)
+    assert torch.equal(before, state.prompt)
+
+
+def test_learned_inner_rates_move_against_their_gradient(backbone):
+    state = MetaState.fresh(
+        load_run_config(None, [*SETTINGS, "meta.inner_rate=0.2", "meta.learn_inner_rates=true"]), backbone
+    )
+    found = gradients(state, 0)
+    state.apply(MetaGradients(found.prompt, found.regularizer, torch.ones(1), {}, None, None, None))
+    assert 0 < state.inner_rates().item() < 0.2
+
+
+@pytest.fixture
+def saved(backbone, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    state = MetaState.fresh(load_run_config(None, SETTINGS), backbone)
+    state.save(folder, identity(backbone))
+    return folder
+
+
+def test_a_damaged_file_is_named(saved, backbone):
+    file = saved / "prompt.safetensors"
+    file.write_bytes(file.read_bytes()[:-3] + b"xyz")
+    with pytest.raises(UserError, match=r"prompt\.safetensors is damaged"):
+        load_checkpoint(saved, backbone)
+    file.unlink()
+    with pytest.raises(UserError, match=r"prompt\.safetensors is missing"):
+        load_checkpoint(saved, backbone)
+
+
+def test_what_is_no_checkpoint_is_refused(saved, backbone, tmp_path):
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        load_checkpoint(tmp_path / "nothing", backbone)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(saved, backbone)
+
+
+def test_another_backbone_or_prompt_length_is_refused(saved, backbone, tmp_path):
+    other = load_backbone(str(make_tiny_t5(tmp_path / "other", ["entirely different words stand here"] * 9)))
+    with pytest.raises(UserError, match="was made for the backbone"):
+        load_checkpoint(saved, other)
+    config = load_run_config(None, ["prompt.length=5", "meta.steps=10"])
+    with pytest.raises(UserError, match=r"a prompt of 4 rows, but prompt\.length is 5"):
+        MetaState.resume(saved, config, backbone)
+
+
+def test_another_format_is_refused(saved, backbone):
+    description = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**description, "format": 99}))
+    with pytest.raises(UserError, match="checkpoint format 99"):
+        load_checkpoint(saved, backbone)
+
+
+def test_curriculum():
+    config = load_run_config(None).meta.curriculum
+    assert beta_scale(0.0, 2.0) == pytest.approx(1e-7)
+    assert beta_scale(1.0, 2.0) == pytest.approx(1.0)
+    assert {draw_mixing(config, 0.0, 0, index) for index in range(50)} == {1.0}
+    late = [draw_mixing(config, 1.0, 0, index) for index in range(500)]
+    assert 0.45 < sum(late) / 500 < 0.55, "Beta(1, 1) is uniform"
+    middle = [draw_mixing(config, 0.5, 0, index) for index in range(500)]
+    assert sum(late) < sum(middle) < 500, "the more alike the gradients, the more is mixed"
+    assert draw_mixing(config, 0.7, 3, 5) == draw_mixing(config, 0.7, 3, 5)
+    off = load_run_config(None, ["meta.curriculum.enabled=false"]).meta.curriculum
+    assert draw_mixing(off, 1.0, 0, 0) == 1.0
+    assert running_similarity(None, 0.6, 0.5) == 0.6
+    assert running_similarity(0.2, 0.6, 0.5) == pytest.approx(0.4)
