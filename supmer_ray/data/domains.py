@@ -73,7 +73,9 @@ def _assign(items: Pass, kmeans: MiniBatchKMeans) -> tuple[np.ndarray, np.ndarra
     for part, vectors in items():
         if len(part):
             label = kmeans.predict(_directions(vectors))
-            np.add.at(sums, label, vectors)
+            order = np.argsort(label, kind="stable")
+            found, first = np.unique(label[order], return_index=True)
+            sums[found] += np.add.reduceat(vectors[order].astype(np.float64), first, axis=0)
             rows.append(part)
             labels.append(label)
     used, numbers = np.unique(np.concatenate(labels), return_inverse=True)

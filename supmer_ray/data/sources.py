@@ -335,7 +335,9 @@ class HubRows:
 
     def texts(self) -> Iterator[str]:
         from datasets import load_dataset
+        from huggingface_hub.utils import logging
 
+        logging.set_verbosity_error()  # it tells of every retry before the one sentence that counts
         try:
             rows = load_dataset(self.dataset, self.configuration, split="train", streaming=True)
             for row in rows:
