@@ -99,8 +99,9 @@ class Manifest(_Record):
 class Family:
     """The items of one data family, by domain.
 
-    An item is the row of its first sentence: a sentence (ss), a pair of neighbours i, i + 1 (nsp), or a
-    context i, i + 1 whose follower i + 2 belongs to the same document of at least four sentences (nss).
+    An item is the row of its first sentence: a sentence (ss), a pair of neighbours i, i + 1 of a document
+    of at least three sentences (nsp: two would leave none that is not a neighbour), or a context i, i + 1
+    whose follower i + 2 belongs to the same document of at least four sentences (nss).
 
     Attributes:
         centroids: (domains, d) float32, mean embedding of each domain's items.
@@ -371,7 +372,7 @@ def item_rows(name: str, starts: np.ndarray, first: int, last: int) -> np.ndarra
     document = np.searchsorted(starts, rows, side="right") - 1
     end = starts[document + 1]
     if name == "nsp":
-        return rows[rows + 1 < end]
+        return rows[(rows + 1 < end) & (end - starts[document] >= 3)]
     if name == "nss":
         return rows[(rows + 2 < end) & (end - starts[document] >= 4)]
     return rows
@@ -381,7 +382,7 @@ def count_items(name: str, starts: Iterable[int]) -> int:
     """How many items of a family the documents hold."""
     sizes = np.diff(np.asarray(starts))
     if name == "nsp":
-        return int(np.maximum(sizes - 1, 0).sum())
+        return int((sizes[sizes >= 3] - 1).sum())
     if name == "nss":
         return int((sizes[sizes >= 4] - 2).sum())
     return int(sizes.sum())
