@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -180,7 +180,9 @@ class AdaptConfig(_Section):
     clip: float = Field(1.0, gt=0)
     evaluate_every: int = Field(10, ge=1)
     max_length: int = Field(412, ge=32)
-    max_test: int | None = Field(None, ge=1, description="score at most this many test examples (drawn with the seed)")
+    max_test: int | None = Field(
+        None, ge=1, description="score at most this many test examples, the same for all seeds"
+    )
 
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -204,18 +206,27 @@ def build(schema: type[Section], values: Mapping[str, Any], where: str) -> Secti
         if first["type"] == "extra_forbidden":
             known = _keys_at(schema, keys[:-1])
             raise UserError(f"Unknown key '{path}' in {where}; {nearest(keys[-1], known)}") from None
+        if first["type"] == "missing":
+            raise UserError(f"Missing key '{path}' in {where}; write it.") from None
         reason = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-        raise UserError(f"Impossible value for '{path}' in {where}: {reason}{got}.".replace("..", ".")) from None
+        sentence = f"Impossible value for '{path}' in {where}: {reason}{got}"
+        raise UserError(sentence if sentence.endswith((".", "?")) else f"{sentence}.") from None
 
 
 def _keys_at(schema: type[BaseModel], path: list[str]) -> Iterable[str]:
     for key in path:
         annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        # "Section | None" is a section that may be left out.
+        sections = [part for part in (annotation, *get_args(annotation)) if _is_section(part)]
+        if not sections:
             return []
-        schema = annotation
+        schema = sections[0]
     return schema.model_fields
+
+
+def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -237,10 +237,7 @@ class _Pool:
     def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray) -> Rows:
         """These rows of the pool as a padded micro-batch, each with its run's prompt."""
         batch = collate(self._examples, rows, pad=backbone.pad, start=backbone.start, device=backbone.device)
-        # A shorter word's target is filled up with IGNORED, which is no id that a decoder could read.
-        decoder_ids = batch.decoder_input_ids.masked_fill(batch.decoder_input_ids == IGNORED, backbone.pad)
-        own = torch.from_numpy(task.astype(np.int64)).to(backbone.device)
-        return replace(batch, decoder_input_ids=decoder_ids, task=own)
+        return replace(batch, task=torch.from_numpy(task.astype(np.int64)).to(backbone.device))
 
 
 def _widened(labels: np.ndarray, width: int) -> np.ndarray:

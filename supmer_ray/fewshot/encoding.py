@@ -18,6 +18,7 @@ from supmer_ray.fewshot.definition import MASK, TaskDefinition, field_texts, pat
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.batch import Examples
+from supmer_ray.tasks.formats import shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,25 +48,6 @@ def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
             f"'{backbone.name}'; use a shorter prompt or another backbone."
         )
     return min(max_length, left)
-
-
-def shortened(lengths: Sequence[int], room: int) -> list[int]:
-    """How many tokens each text keeps so that all together have at most `room`.
-
-    In proportion to their lengths, rounded up; what that is too much is taken from the longest, so
-    that a single word beside a long passage is the last to go.
-
-    Example:
-        >>> shortened([1, 500], 400)
-        [1, 399]
-    """
-    total = sum(lengths)
-    if total <= room:
-        return list(lengths)
-    kept = [-(-length * room // total) for length in lengths]
-    for _ in range(sum(kept) - room):
-        kept[kept.index(max(kept))] -= 1
-    return kept
 
 
 class TaskEncoder:

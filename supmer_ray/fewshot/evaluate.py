@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supmer_ray.config import AdaptConfig
+from supmer_ray.errors import require_new_folder
 from supmer_ray.fewshot.adapt import AdaptResult, AdaptRun, Progress, adapt, vocabulary_prompt
 from supmer_ray.fewshot.adapted import Adapted, AdaptedRecord, save_adapted
 from supmer_ray.fewshot.definition import TaskDefinition
@@ -102,6 +103,7 @@ def adapt_task(
     progress: Progress | None = None,
 ) -> Outcome:
     """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`."""
+    require_new_folder(out, overwrite=overwrite)
     method = SUPMER if checkpoint else PROMPT_TUNING
     (outcome,) = evaluate(
         backbone,

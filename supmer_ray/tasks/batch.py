@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from supmer_ray.model.prompted import Rows
+from supmer_ray.model.prompted import IGNORED, Rows
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def collate(
     ids = np.full((len(rows), width), pad, np.int64)
     ids[real] = examples.tokens[np.concatenate([np.arange(examples.offsets[r], examples.offsets[r + 1]) for r in rows])]
     labels = examples.labels[rows].astype(np.int64)
-    decoder_ids = np.concatenate([np.full((len(rows), 1), start, np.int64), labels[:, :-1]], axis=1)
+    said = np.where(labels == IGNORED, pad, labels)[:, :-1]
+    decoder_ids = np.concatenate([np.full((len(rows), 1), start, np.int64), said], axis=1)
     tensors = (torch.from_numpy(array).to(device) for array in (ids, real.astype(np.int64), decoder_ids, labels))
     input_ids, attention_mask, decoder_input_ids, label_ids = tensors
     vectors = torch.from_numpy(examples.vectors).to(device) if examples.vectors.shape[1] else None

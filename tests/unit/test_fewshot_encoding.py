@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import TaskDefinition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, shortened
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import IGNORED
+from supmer_ray.tasks.formats import shortened
 from tests.tiny import make_tiny_t5
 
 TEXT = "the film was great terrible and a fine story about rain question answer yes no in sunny places"

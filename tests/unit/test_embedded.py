@@ -1,0 +1,131 @@
+"""The embedded backbone: it assembles, loads as any encoder-decoder does, and its training resumes exactly."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from supmer_ray.embedded import WEIGHTS, corpus, resolve
+from supmer_ray.embedded.assemble import load_encoder
+from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
+from supmer_ray.errors import UserError
+from supmer_ray.model.backbone import load_backbone
+from supmer_ray.model.prompted import answer_logits, encode_prompted
+from supmer_ray.tasks.batch import Examples, collate
+from supmer_ray.tasks.types import ANSWERS
+
+TINY = PretrainConfig(blocks=2, batches=2, passes=1, batch=2, prompt=3, limit=40)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return resolve("embedded")
+
+
+@pytest.fixture(scope="module")
+def pretraining():
+    run = Pretraining(TINY)
+    run.read_text()
+    return run
+
+
+def test_other_names_are_returned_as_they_are():
+    assert resolve("google/flan-t5-base") == "google/flan-t5-base"
+
+
+def test_shipped_weights_are_small_and_complete():
+    assert WEIGHTS.stat().st_size < 25 * 2**20
+    assert not any("word_embeddings" in name for name in load_file(WEIGHTS))
+
+
+def test_folder_loads_with_the_auto_classes(folder):
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder, _ = load_encoder()
+    weights = model.state_dict()
+    words = encoder.embeddings.word_embeddings.weight
+    assert weights["decoder.bert.embeddings.word_embeddings.weight"].equal(words)
+    assert weights["decoder.cls.predictions.decoder.weight"].equal(words)
+    for name, value in encoder.state_dict().items():
+        assert weights[f"encoder.{name}"].equal(value)
+    for name, value in load_file(WEIGHTS).items():
+        assert weights[f"decoder.{name}"].equal(value.float())
+    assert model.config.decoder_start_token_id == tokenizer.cls_token_id
+    assert len(tokenizer("word " * 300)["input_ids"]) == 302
+    assert len(tokenizer("word")["input_ids"]) == 3
+
+
+def test_it_names_words_under_a_prompt(folder):
+    """The likeliest topic word of plain headlines is the right one, with and without vocabulary rows before them."""
+    backbone = load_backbone("embedded")
+    topics = ["business", "music", "government", "football", "computer"]
+    texts = [
+        "Shares fall as oil price rises topic : [MASK] .",
+        "Singer wins award for best album topic : [MASK] .",
+        "Ministers debate new law in parliament topic : [MASK] .",
+        "United beat Arsenal in cup final topic : [MASK] .",
+        "Virus attacks Windows users online topic : [MASK] .",
+    ]
+    inputs = [[*backbone.prefix, *ids, *backbone.suffix] for ids in backbone.tokenize(texts)]
+    examples = Examples.of(inputs, [[backbone.closing]] * len(texts))
+    rows = collate(examples, np.arange(len(texts)), pad=backbone.pad, start=backbone.start)
+    choices = torch.tensor([ids[0] for ids in backbone.tokenize(topics)])
+    for length in (0, 10):
+        prompt = backbone.random_rows(length, 5000, torch.Generator().manual_seed(0))
+        states, mask = encode_prompted(backbone, prompt[None], rows)
+        best = answer_logits(backbone, states, mask)[:, choices].argmax(1)
+        assert (best == torch.arange(len(texts))).sum() >= 4
+
+
+def test_examples_ask_for_whole_words_of_the_text(pretraining):
+    generator = np.random.default_rng(0)
+    vocabulary = pretraining.backbone.tokenizer.convert_ids_to_tokens(range(30522))
+    for kind in corpus.WORD_SHARE:
+        for _ in range(20):
+            ids, words, shares = pretraining.words["train"].draw(kind, generator)
+            assert ids.count(pretraining.backbone.sentinel) == 1
+            assert shares.sum() == pytest.approx(1)
+            assert 1 <= len(words) <= corpus.ANSWERS
+            assert all(vocabulary[word].isalpha() for word in words)
+
+
+def test_held_out_documents_are_apart(pretraining):
+    train, held_out = (pretraining.words[split].corpus for split in ("train", "held out"))
+    sentences = {held_out.row_tokens(row).tobytes() for row in range(len(held_out))}
+    shared = sum(train.row_tokens(row).tobytes() in sentences for row in range(len(train)))
+    assert shared < 0.02 * len(sentences)  # stock phrases; a document in both would share far more
+
+
+def test_task_batches_balance_their_answers(pretraining):
+    for kind, answers in ANSWERS.items():
+        batch = pretraining.task_batch(kind, "train", np.random.default_rng(0))
+        said = [pretraining.formats.words[answer] for answer in answers]
+        counts = [(batch.answers == word).sum().item() for word in said]
+        assert sum(counts) == len(batch.answers)
+        assert min(counts) > 0
+
+
+def test_training_resumes_exactly(pretraining, tmp_path):
+    whole = pretraining
+    for block in range(2):
+        if block == 1:
+            whole.save(tmp_path / "checkpoint.safetensors")
+        whole.train_block(whole.encoded_block(block))
+    resumed = Pretraining(TINY)
+    resumed.resume(tmp_path / "checkpoint.safetensors")
+    resumed.words, resumed.stores = whole.words, whole.stores
+    resumed.train_block(resumed.encoded_block(1))
+    for name, value in whole.parameters.items():
+        assert value.equal(resumed.parameters[name]), name
+    with pytest.raises(UserError, match="other settings"):
+        Pretraining(replace(TINY, seed=1)).resume(tmp_path / "checkpoint.safetensors")
+
+
+def test_card_stands_beside_the_weights():
+    text = WEIGHTS.with_name("CARD.md").read_text(encoding="utf-8")
+    assert "pretrain_backbone.py" in text
+    for kind in (*corpus.WORD_SHARE, *ANSWERS):
+        assert f"| {kind} |" in text
