@@ -46,7 +46,7 @@ def mean_pooled(backbone: Backbone, inputs: Sequence[np.ndarray], tokens_per_bat
     """
     import torch
 
-    from supmer_ray.tasks.batch import micro_batches
+    from supmer_ray.model.prompted import micro_batches
 
     lengths = np.array([len(ids) for ids in inputs], np.int64)
     result = np.empty((len(inputs), backbone.d_model), np.float32)

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from supmer_ray.config import AdaptConfig
 from supmer_ray.fewshot.encoding import Split
 from supmer_ray.model.backbone import Backbone
-from supmer_ray.model.prompted import IGNORED, Rows, answer_logits, encode_prompted, label_losses
-from supmer_ray.tasks.batch import Examples, collate, micro_batches
+from supmer_ray.model.prompted import (
+    IGNORED,
+    Rows,
+    answer_logits,
+    encode_prompted,
+    micro_batches,
+    prompt_gradients,
+)
+from supmer_ray.tasks.batch import Examples, collate
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("adapt" or "test"), how much of it is done, and of how much."""
@@ -130,7 +137,7 @@ def adapt(
     evaluate(0)
     for step in range(1, config.steps + 1):
         drawn = [next(stream) for stream in batches]
-        gradients, embeddings, loss = prompt_gradients(backbone, prompts, pool, drawn, token_budget=token_budget)
+        gradients, embeddings, loss = run_gradients(backbone, prompts, pool, drawn, token_budget=token_budget)
         losses.append(loss)
         prompts.grad = _clipped(_regularized(runs, gradients, embeddings), config.clip)
         optimizer.step()
@@ -186,35 +193,20 @@ def score(
     return [result[task == run, : len(own)] for run, own in enumerate(verbalizer_ids)]
 
 
-def prompt_gradients(
+def run_gradients(
     backbone: Backbone, prompts: Tensor, pool: _Pool, drawn: Sequence[np.ndarray], *, token_budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each run's raw gradient g, task embedding h and loss over its own batch.
+    """g (runs, P, d), h (runs, d) and the mean losses (runs,) of each run's own batch.
 
     Args:
         prompts: (runs, P, d), requiring a gradient.
         drawn: for each run the numbers of its examples in this step.
-
-    Returns:
-        The gradients of each run's mean loss (runs, P, d); the mean encoder states over its batch's real
-        positions, prompt included, (runs, d); the mean losses (runs,).
     """
     rows, task = pool.rows(drawn)
     sizes = torch.tensor([len(numbers) for numbers in drawn], device=prompts.device)
-    gradients = torch.zeros_like(prompts)
-    sums = prompts.new_zeros(len(drawn), prompts.shape[2])
-    positions, means = prompts.new_zeros(len(drawn)), prompts.new_zeros(len(drawn))
-    for chosen in micro_batches(pool.lengths[rows], prompts.shape[1], token_budget):
-        batch = pool.collate(backbone, rows[chosen], task[chosen])
-        states, mask = encode_prompted(backbone, prompts, batch)
-        losses = label_losses(backbone, states, mask, batch) / sizes[batch.task]
-        gradients += torch.autograd.grad(losses.sum(), prompts)[0]
-        means.index_add_(0, batch.task, losses.detach().to(means.dtype))
-        real = mask.to(sums.dtype)
-        own = torch.einsum("bl,bld->bd", real, states.detach().to(sums.dtype))
-        sums.index_add_(0, batch.task, own)
-        positions.index_add_(0, batch.task, real.sum(dim=1))
-    return gradients, sums / positions[:, None], means
+    cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget)
+    batches = (pool.collate(backbone, rows[chosen], task[chosen]) for chosen in cuts)
+    return prompt_gradients(backbone, prompts, batches, sizes)
 
 
 class _Pool:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from supmer_ray.model.backbone import Backbone
-from supmer_ray.model.prompted import Rows, encode_prompted, label_losses
-from supmer_ray.tasks.batch import Examples, TaskBatch, collate, micro_batches
+from supmer_ray.model.prompted import Rows, encode_prompted, micro_batches, prompt_gradients
+from supmer_ray.tasks.batch import Examples, TaskBatch, collate
 
 MIXED_POSITIONS = 2
 """The decoder positions that carry the mixed target: the sentinel and the label word."""
@@ -177,23 +177,9 @@ class MetaStep:
         """
         second_order = self.second_order and differentiable
         at = adapted if second_order else adapted.detach().requires_grad_()
-        tasks, _, width = at.shape
-        counts = self._counts(support, tasks).to(at.dtype)
-        gradient = torch.zeros_like(at)
-        embedding, positions = at.new_zeros(tasks, width), at.new_zeros(tasks)
-        loss = at.new_zeros(tasks)
-        for part in index:
-            rows = self._rows(support, part)
-            states, mask = encode_prompted(self.backbone, at, rows)
-            losses = label_losses(self.backbone, states, mask, rows).to(at.dtype) / counts[rows.task]
-            (piece,) = torch.autograd.grad(losses.sum(), at, create_graph=second_order)
-            gradient = gradient + piece
-            # h reads real positions only: padding says nothing about the task.
-            pooled = (states.detach() * mask[..., None]).sum(dim=1).to(at.dtype)
-            embedding.index_add_(0, rows.task, pooled)
-            positions.index_add_(0, rows.task, mask.sum(dim=1).to(at.dtype))
-            loss.index_add_(0, rows.task, losses.detach())
-        return gradient, embedding / positions[:, None], loss
+        batches = (self._rows(support, part) for part in index)
+        sizes = self._counts(support, len(at)).to(at.dtype)
+        return prompt_gradients(self.backbone, at, batches, sizes, differentiable=second_order)
 
     def _target_logits(self, states: Tensor, mask: Tensor, rows: Rows) -> Tensor:
         logits = self.backbone.logits(states, mask, rows.decoder_input_ids[:, :MIXED_POSITIONS])

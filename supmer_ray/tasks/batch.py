@@ -1,8 +1,7 @@
 """Examples in flat arrays, and their way into padded micro-batches.
 
 A `Examples` is what the builders make and what travels (Arrow, no Python object per token); `collate`
-pads some of its rows to the longest of them; `micro_batches` decides which rows go together: sorted
-by length and cut so that no micro-batch exceeds a budget of padded tokens.
+pads some of its rows to the longest of them. `TaskBatch` is what one worker takes in one meta-step.
 """
 
 from __future__ import annotations
@@ -141,28 +140,6 @@ _ROLES = ("support", "query", "partner")
 
 def _column(values: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))
-
-
-def micro_batches(lengths: np.ndarray, overhead: int, token_budget: int) -> list[np.ndarray]:
-    """Cut examples into micro-batches of at most `token_budget` padded tokens.
-
-    Args:
-        lengths: (n,) tokens of each example.
-        overhead: tokens that every example has besides its own (the prompt's length).
-        token_budget: rows × (overhead + longest) of a micro-batch stays within this; one example
-            that is longer than the budget gets a micro-batch of its own.
-
-    Returns:
-        Index arrays that together hold each of 0 … n−1 exactly once, longest examples first.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    batches: list[np.ndarray] = []
-    start = 0
-    while start < len(order):
-        rows = max(1, token_budget // (overhead + int(lengths[order[start]])))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
 
 
 def collate(

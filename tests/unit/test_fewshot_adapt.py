@@ -18,7 +18,7 @@ from supmer_ray.fewshot.adapt import (
     _Pool,
     _regularized,
     adapt,
-    prompt_gradients,
+    run_gradients,
     score,
     vocabulary_prompt,
 )
@@ -97,7 +97,7 @@ def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs):
     prompts = torch.nn.Parameter(torch.stack([run.prompt for run in runs]))
     pool = _Pool([run.train.examples for run in runs])
     drawn = [next(_batches(run, CONFIG.batch)) for run in runs]
-    together = prompt_gradients(backbone, prompts, pool, drawn, token_budget=60)
+    together = run_gradients(backbone, prompts, pool, drawn, token_budget=60)
     for number, (run, chosen) in enumerate(zip(runs, drawn, strict=True)):
         prompt = run.prompt[None].clone().requires_grad_()
         # One example at a time, no padding: the plainest way to say it.
@@ -120,12 +120,10 @@ def test_float32_gradients_together_are_within_1e_5_of_alone(folder, runs):
     single = load_backbone(str(folder), dtype=torch.float32)
     prompts = torch.nn.Parameter(torch.stack([run.prompt for run in runs]).float())
     drawn = [next(_batches(run, CONFIG.batch)) for run in runs]
-    together, *_ = prompt_gradients(
-        single, prompts, _Pool([run.train.examples for run in runs]), drawn, token_budget=512
-    )
+    together, *_ = run_gradients(single, prompts, _Pool([run.train.examples for run in runs]), drawn, token_budget=512)
     for number, run in enumerate(runs):
         own = torch.nn.Parameter(prompts.detach()[number : number + 1].clone())
-        alone, *_ = prompt_gradients(single, own, _Pool([run.train.examples]), [drawn[number]], token_budget=4096)
+        alone, *_ = run_gradients(single, own, _Pool([run.train.examples]), [drawn[number]], token_budget=4096)
         torch.testing.assert_close(together[number], alone[0], rtol=0, atol=1e-5)
 
 

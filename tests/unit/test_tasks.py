@@ -21,7 +21,8 @@ from supmer_ray.data.store import (
     write_manifest,
 )
 from supmer_ray.errors import UserError
-from supmer_ray.tasks.batch import Examples, TaskBatch, collate, micro_batches
+from supmer_ray.model.prompted import micro_batches
+from supmer_ray.tasks.batch import Examples, TaskBatch, collate
 from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
 from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten
 from supmer_ray.tasks.types import ANSWERS, balanced, domain_similarity

@@ -1,0 +1,51 @@
+"""ψ keeps row norms, its gate lies between the raw and the transformed gradient, and a fresh one does little harm."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(2, 24), st.integers(1, 24), st.integers(1, 3), st.integers(0, 99)
+)
+def test_the_transform_keeps_the_norm_of_every_row(tasks, rows, width, rank, layers, seed):
+    torch.manual_seed(seed)
+    psi = Regularizer(width, min(rank, width), layers).double()
+    gradient = torch.randn(tasks, rows, width, dtype=torch.float64)
+    transformed = psi.transform(gradient)
+    dead = transformed.norm(dim=-1) < 1e-6  # a row whose relus are all shut
+    torch.testing.assert_close(transformed.norm(dim=-1)[~dead], gradient.norm(dim=-1)[~dead], rtol=1e-4, atol=1e-6)
+
+
+def test_the_gate_mixes_raw_and_transformed():
+    torch.manual_seed(0)
+    psi = Regularizer(16)
+    gradient, embedding = torch.randn(3, 5, 16), torch.randn(3, 16)
+    for bias, expected in ((50.0, gradient), (-50.0, psi.transform(gradient))):
+        torch.nn.init.zeros_(psi.gate_out.weight)
+        torch.nn.init.constant_(psi.gate_out.bias, bias)
+        torch.testing.assert_close(psi(gradient, embedding)[0], expected)
+
+
+def test_a_fresh_psi_keeps_the_signs_of_the_gradient():
+    torch.manual_seed(0)
+    psi = Regularizer(64)
+    gradient = torch.randn(2, 10, 64)
+    update, _ = psi(gradient, torch.randn(2, 64))
+    assert torch.cosine_similarity(gradient.flatten(), update.flatten(), dim=0) > 0.8
+    assert (torch.sign(update) == torch.sign(gradient)).float().mean() > 0.99
+
+
+def test_the_rank_is_bounded_by_the_width():
+    assert Regularizer(8).rank == 8
+    assert Regularizer(4096).rank == 1920
+
+
+def test_identity():
+    gradient = torch.randn(2, 3, 4)
+    update, gate = IdentityRegularizer()(gradient, torch.randn(2, 4))
+    assert update is gradient and gate.tolist() == [1, 1]
+    assert pytest.approx(0) == sum(p.numel() for p in IdentityRegularizer().parameters())
