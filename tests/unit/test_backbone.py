@@ -1,0 +1,73 @@
+"""Loading frozen models: what they are told apart by, where an answer goes, and what is refused."""
+
+import pytest
+import torch
+from tiny import make_tiny_t5
+from transformers import AutoModelForSeq2SeqLM
+
+from supmer_ray.errors import UserError
+from supmer_ray.model.backbone import load_backbone
+from supmer_ray.model.prompted import Rows, encode_prompted
+
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "A sentence about markets, music and rain."] * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_t5(tmp_path_factory.mktemp("t5"), TEXTS)
+
+
+def test_a_t5_answers_at_its_sentinels(folder):
+    backbone = load_backbone(str(folder))
+    assert backbone.tokenizer.convert_ids_to_tokens([backbone.sentinel, backbone.closing]) == [
+        "<extra_id_0>",
+        "<extra_id_1>",
+    ]
+    assert (backbone.prefix, backbone.suffix) == ([], [backbone.tokenizer.eos_token_id])
+    assert backbone.max_positions is None
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+def test_the_fingerprint_knows_the_weights_and_not_the_precision(folder, tmp_path):
+    fingerprints = {load_backbone(str(folder), dtype=dtype).fingerprint for dtype in (torch.float32, torch.bfloat16)}
+    assert len(fingerprints) == 1
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 0.5
+    model.save_pretrained(tmp_path)
+    load_backbone(str(folder)).tokenizer.save_pretrained(tmp_path)
+    assert load_backbone(str(tmp_path)).fingerprint not in fingerprints
+
+
+def test_each_example_stands_behind_its_own_prompt(folder):
+    backbone = load_backbone(str(folder))
+    prompts = torch.randn(2, 3, backbone.d_model, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[7, 8, 9], [7, 8, 9]])
+    labels = torch.zeros(2, 1, dtype=torch.long)
+
+    def states(task):
+        rows = Rows(ids[: len(task)], torch.ones_like(ids[: len(task)]), labels, labels, torch.tensor(task))
+        return encode_prompted(backbone, prompts, rows)[0]
+
+    both = states([1, 0])
+    torch.testing.assert_close(both[:1], states([1]))
+    torch.testing.assert_close(both[1:], states([0]))
+    assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+def test_what_cannot_be_loaded_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (str(tmp_path), "nobody/no-such-model"):
+        with pytest.raises(UserError, match="Cannot load the backbone") as caught:
+            load_backbone(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_never_read(folder, tmp_path):
+    """Weights in PyTorch's pickle format are refused, though they lie where they would be looked for."""
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        load_backbone(str(tmp_path))
