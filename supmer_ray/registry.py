@@ -7,7 +7,6 @@ anything else before a byte of the archive is used.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supmer_ray.errors import UserError, nearest
+from supmer_ray.files import sha256
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def fetch(name: str) -> Path:
         raise UserError(f"No archive is pinned under '{name}'; {nearest(name, ARCHIVES)}")
     archive = ARCHIVES[name]
     place = home() / "archives" / archive.file
-    if not (place.is_file() and _digest(place) == archive.sha256):
+    if not (place.is_file() and sha256(place) == archive.sha256):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".fetch-") as folder:
             _download(archive, Path(folder)).replace(place)
@@ -105,7 +105,7 @@ def _download(archive: Archive, folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     file = folder / archive.file
     if run.returncode == 0 and file.is_file():
-        got = _digest(file)
+        got = sha256(file)
     elif found := re.search(r"Got\s+([0-9a-f]{64})", run.stdout + run.stderr):
         got = found[1]
     else:
@@ -121,8 +121,3 @@ def _download(archive: Archive, folder: Path) -> Path:
             f"fetch {archive.requirement} from a registry that you trust and place it in {home() / 'archives'}."
         )
     return file
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from supmer_ray.data.store import (
     write_manifest,
 )
 from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.files import whole_folder
 
 Progress = Callable[[str, int, int | None, str], None]
 """Called as (stage, done, total or None, unit) whenever a batch has arrived."""
@@ -74,8 +74,8 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
 
     Args:
         overwrite: replace a store that stands at `out`.
-        progress: told of every batch: stages "sentences" (in documents, total unknown), "embeddings" (in
-            sentences) and "domains" (in families).
+        progress: told of every batch: stages "Cutting sentences" (in documents, total unknown),
+            "Embedding sentences" and "Finding domains" (in families).
 
     Raises:
         UserError: something to be mended in the configuration or the text. Nothing is left at `out` then.
@@ -89,10 +89,9 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
     _embedding_workers(config.embedders)
     backbone = _get(_describe.remote(config.backbone))
 
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    scratch = partial / "scratch"
-    scratch.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
+        scratch = partial / "scratch"
+        scratch.mkdir()
         with _quiet_data():
             writer, corpus = _write_sentences(sources, config, partial, tell)
         counts = _item_counts(partial, writer, config.domains)
@@ -110,10 +109,6 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
             files=file_records(partial),
         )
         write_manifest(partial, manifest)
-        _publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Store.open(out)
 
 
@@ -196,7 +191,7 @@ def _write_sentences(
                     for digest in part["digest"].to_pylist():
                         corpus.update(digest)
                     writer.write(part["sentences"], part["tokens"])
-                tell("sentences", writer.documents, None, "documents")
+                tell("Cutting sentences", writer.documents, None, "documents")
     return writer, corpus.hexdigest()
 
 
@@ -271,10 +266,10 @@ def _embed(config: PrepareConfig, folder: Path, scratch: Path, sentences: int, t
         actor.remote(folder, scratch, config.backbone, "num_gpus" in reserved) for _ in range(min(count, len(numbers)))
     ]
     done = 0
-    tell("embeddings", done, sentences, "sentences")
+    tell("Embedding sentences", done, sentences, "sentences")
     for rows in ActorPool(actors).map_unordered(lambda embedder, number: embedder.embed.remote(number), numbers):
         done += rows
-        tell("embeddings", done, sentences, "sentences")
+        tell("Embedding sentences", done, sentences, "sentences")
 
 
 def _find_domains(
@@ -283,11 +278,11 @@ def _find_domains(
     """Cluster each family in a task of its own."""
     waiting = {_cluster_family.remote(name, counts[name], config, folder, scratch, d_model): name for name in FAMILIES}
     records: dict[str, FamilyRecord] = {}
-    tell("domains", 0, len(FAMILIES), "families")
+    tell("Finding domains", 0, len(FAMILIES), "families")
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         records[waiting.pop(ready)] = _get(ready)
-        tell("domains", len(records), len(FAMILIES), "families")
+        tell("Finding domains", len(records), len(FAMILIES), "families")
     return {name: records[name] for name in FAMILIES}
 
 
@@ -313,12 +308,3 @@ def _cluster_family(
         family = cluster(items, count, domains=config.domains, sample=config.kmeans_sample, seed=seed)
     write_family(folder, name, family)
     return family_record(family)
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Put the whole store where it was asked for, in one rename; an older one goes only then."""
-    old = partial.with_name(f"{partial.name}.replaced")
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

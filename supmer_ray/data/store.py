@@ -13,7 +13,6 @@ random access costs no memory and the processes of a node share one copy in the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from safetensors.numpy import load_file, save
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.errors import UserError
+from supmer_ray.files import sha256
 
 SCHEMA_VERSION = 1
 FAMILIES = ("nsp", "nss", "ss")
@@ -307,7 +307,7 @@ def family_record(family: Family) -> FamilyRecord:
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Size and digest of every file that a store consists of, for its manifest."""
     names = [SENTENCES, DOCUMENTS, *(f"{family}.{kind}" for family in FAMILIES for kind in ("rows.npy", "safetensors"))]
-    return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=_digest(folder / name)) for name in names}
+    return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in names}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -349,13 +349,8 @@ def _verify(file: Path, record: FileRecord) -> None:
     size = file.stat().st_size
     if size != record.bytes:
         raise UserError(f"The store's file {file} has {size} bytes instead of {record.bytes}; prepare the store again.")
-    if size <= VERIFIED_BYTES and _digest(file) != record.sha256:
+    if size <= VERIFIED_BYTES and sha256(file) != record.sha256:
         raise UserError(f"The store's file {file} has changed since it was written; prepare the store again.")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _map(file: Path) -> np.ndarray:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +25,7 @@ from supmer_ray.fewshot.adapt import Progress, score
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
 from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
+from supmer_ray.files import whole_folder
 from supmer_ray.model.backbone import Backbone, load_backbone
 
 PREDICTED, PROBABILITY = "predicted_label", "probability"
@@ -78,17 +77,11 @@ def save_adapted(adapted: Adapted, folder: Path, *, overwrite: bool = False) -> 
         UserError: it holds something already and `overwrite` is false.
     """
     require_new_folder(folder, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     prompt = safetensors.torch.save({"prompt": adapted.prompt.float().contiguous().cpu()})
     record = adapted.record.model_copy(update={"prompt_sha256": hashlib.sha256(prompt).hexdigest()})
-    (partial / _PROMPT).write_bytes(prompt)
-    (partial / _RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        (partial / _PROMPT).write_bytes(prompt)
+        (partial / _RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapted(folder: Path) -> Adapted:

@@ -6,7 +6,6 @@ Cells keep what the file says: a CSV cell stays text ("NA", "007"), a JSON integ
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pandas as pd
 import pyarrow
 
 from supmer_ray.errors import UserError
+from supmer_ray.files import whole_file
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 
@@ -87,15 +87,10 @@ def require_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -
 def write_table(frame: pd.DataFrame, file: Path) -> None:
     """Write `frame` as `file` in one piece: a reader sees the old file or the whole new one."""
     ending = require_ending(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(file) as partial:
         if ending == ".csv":
             frame.to_csv(partial, index=False)
         elif ending == ".jsonl":
             frame.to_json(partial, orient="records", lines=True, force_ascii=False, date_format="iso")
         else:
             frame.to_parquet(partial, index=False)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -78,11 +78,11 @@ def test_centroids_are_the_encoders_mean_states(prepared, tiny_t5):
 def test_progress_and_manifest_count_the_same(prepared):
     store, _, said = prepared
     stages = list(dict.fromkeys(stage for stage, *_ in said))
-    assert stages == ["sentences", "embeddings", "domains"]
+    assert stages == ["Cutting sentences", "Embedding sentences", "Finding domains"]
     last = {stage: (done, total, unit) for stage, done, total, unit in said}
-    assert last["sentences"] == (DOCUMENTS, None, "documents")
-    assert last["embeddings"] == (len(store), len(store), "sentences")
-    assert last["domains"] == (3, 3, "families")
+    assert last["Cutting sentences"] == (DOCUMENTS, None, "documents")
+    assert last["Embedding sentences"] == (len(store), len(store), "sentences")
+    assert last["Finding domains"] == (3, 3, "families")
     assert store.manifest.documents == DOCUMENTS
     assert store.manifest.tokens == sum(len(store.tokens(row)) for row in range(len(store)))
     assert sorted(file.name for file in store.path.iterdir()) == sorted([*store.manifest.files, "manifest.json"])
