@@ -57,6 +57,11 @@ class TasksConfig(_Section):
     anchor_length: int = Field(389, ge=4, description="longest multiple-choice anchor in tokens")
     candidate_length: int = Field(86, ge=4, description="longest multiple-choice candidate in tokens")
 
+    @property
+    def types(self) -> list[str]:
+        """The task types with a positive weight, in the paper's order."""
+        return [name for name in TASK_TYPES if self.mixture.get(name, 0.0) > 0]
+
     @model_validator(mode="after")
     def _mixture_is_usable(self) -> TasksConfig:
         for name, weight in self.mixture.items():

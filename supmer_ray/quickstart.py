@@ -30,7 +30,7 @@ SOURCES = ("bbc", "rotten-tomatoes")
 TASKS = ("bbc-topic", "subjectivity")
 SEEDS = (0, 1, 2)
 
-PREPARE = {"sources": SOURCES, "domains": 40, "max_documents": 350, "sentence_length": 64}
+PREPARE = {"sources": SOURCES, "domains": 24, "max_documents": 160, "sentence_length": 48}
 
 RUN = {
     "prompt": {"length": 10},
@@ -39,7 +39,7 @@ RUN = {
     "schedule": {"validate_every": 60, "validation_tasks": 2, "checkpoint_every": 20},
 }
 
-ADAPT = AdaptConfig(steps=40, rate=0.02, max_length=128, max_test=200)
+ADAPT = AdaptConfig(steps=30, rate=0.02, max_length=96, max_test=200)
 
 
 def quickstart(out: Path, *, overwrite: bool = False) -> list[Outcome]:

@@ -19,7 +19,8 @@ from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.files import whole_folder, write_json
-from supmer_ray.meta.loop import METRICS_FILE, worker_loop
+from supmer_ray.meta.loop import METRICS_FILE, REFUSAL_FILE, worker_loop
+from supmer_ray.tasks.types import require_domains
 
 CHECKPOINT = "checkpoint"
 CONFIG_FILE = "run.json"
@@ -64,7 +65,7 @@ def train(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    Store.open(store)
+    require_domains(Store.open(store), config.tasks.types)
     out, store = out.resolve(), store.resolve()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
     if resume:
@@ -93,11 +94,15 @@ def train(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
+    refusal = out / REFUSAL_FILE
+    refusal.unlink(missing_ok=True)
     with _Follow(out / METRICS_FILE, progress):
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _user_error_within(error) or error from None
+        result = trainer.fit()
+    if refusal.exists():
+        sentence = refusal.read_text(encoding="utf-8")
+        if result.checkpoint is None:
+            shutil.rmtree(out)
+        raise UserError(sentence)
     if result.checkpoint is None:
         raise RuntimeError(f"The run in {out} ended without a checkpoint.")
     with result.checkpoint.as_directory() as snapshot, whole_folder(out / CHECKPOINT) as folder:
@@ -120,18 +125,6 @@ def _require_same_run(out: Path, config: RunConfig, store: Path) -> None:
             )
     if started["store"] != str(store):
         raise UserError(f"The run in {out} was started on the store {started['store']}; resume with that one.")
-
-
-def _user_error_within(error: Exception) -> UserError | FloatingPointError | None:
-    """The sentence that a worker stopped with, if it was the user's to mend."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        seen: BaseException | None = failure
-        while seen is not None:
-            for kind in (UserError, FloatingPointError):
-                if isinstance(seen, kind):
-                    return UserError(str(seen).split("\n")[0])
-            seen = getattr(seen, "cause", None) or seen.__cause__
-    return None
 
 
 class _Follow:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from supmer_ray.config import TASK_TYPES, RunConfig, build
+from supmer_ray.config import RunConfig, build
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.meta.curriculum import draw_mixing, running_similarity
@@ -34,6 +34,9 @@ from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
 
 METRICS_FILE = "metrics.jsonl"
+
+REFUSAL_FILE = "refused.txt"
+"""Where a worker leaves the sentence for a run that no restart could mend."""
 
 
 def reduce_sums(found: MetaGradients, mixing_sum: float) -> tuple[MetaGradients, dict[str, float]]:
@@ -126,7 +129,7 @@ class Learner:
 
         The inner rate does not decay here, so that figures of different steps can be compared.
         """
-        types = [name for name in TASK_TYPES if self.config.tasks.mixture.get(name, 0) > 0]
+        types = self.config.tasks.types
         each = self.config.schedule.validation_tasks
         sums = torch.zeros(len(types), 3, device=self.backbone.device)
         rates = self.state.inner_rates(decayed=False)
@@ -165,10 +168,19 @@ class MetricsLog:
 def worker_loop(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker.
 
+    What every worker finds wrong alike (settings that do not fit the backbone, gradients that are not
+    finite) ends the run with a sentence for the driver, instead of restarts that would find it again.
+
     Args:
-        settings: `config` (the run's configuration), `store`, `out`, and `resume` (a checkpoint folder
-            of an earlier job, or None).
+        settings: `config` (the run's configuration), `store` and `out`.
     """
+    try:
+        _work(settings)
+    except (UserError, FloatingPointError) as error:
+        (Path(settings["out"]) / REFUSAL_FILE).write_text(str(error), encoding="utf-8")
+
+
+def _work(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 

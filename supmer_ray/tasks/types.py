@@ -14,7 +14,7 @@ Everything random comes from the generator that is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,24 @@ def balanced(generator: np.random.Generator, classes: int, count: int) -> np.nda
     return generator.permutation(np.resize(order, count))
 
 
+def require_domains(store: Store, names: Iterable[str]) -> None:
+    """Refuse task types for which `store` has too few domains, before a run begins.
+
+    Raises:
+        UserError: a type lacks domains for a task and its partner, in training or in validation.
+    """
+    for name in names:
+        need = 2 * DOMAINS_PER_TASK[name]
+        for split in ("train", "validation"):
+            usable = len(store.family(FAMILY[name]).usable(split, MINIMUM_ITEMS))
+            if usable < need:
+                raise UserError(
+                    f"Task type '{name}' needs {need} domains with {MINIMUM_ITEMS} or more {split} items, and the "
+                    f"store {store.path} has {usable}; prepare it from more text or with fewer domains, or take "
+                    f"'{name}' out of tasks.mixture."
+                )
+
+
 @dataclass(frozen=True)
 class TaskDraw:
     """Draws the examples of one meta-task.
@@ -76,18 +94,9 @@ class TaskDraw:
         return self.store.family(FAMILY[self.name])
 
     def domains(self) -> tuple[np.ndarray, np.ndarray]:
-        """The task's domains and its partner's, all different, uniformly from the usable ones.
-
-        Raises:
-            UserError: the store has too few usable domains for this task type.
-        """
+        """The task's domains and its partner's, all different, uniformly from the usable ones."""
         need = DOMAINS_PER_TASK[self.name]
         usable = self.family.usable(self.split, MINIMUM_ITEMS)
-        if len(usable) < 2 * need:
-            raise UserError(
-                f"Task type '{self.name}' needs {2 * need} domains with {MINIMUM_ITEMS} or more {self.split} items, "
-                f"and the store has {len(usable)}; prepare it from more text, or take it out of tasks.mixture."
-            )
         drawn = self.generator.choice(usable, size=2 * need, replace=False)
         return drawn[:need], drawn[need:]
 

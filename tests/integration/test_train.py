@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import psutil
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from supmer_ray.config import TASK_TYPES, load_run_config
+from supmer_ray.config import TASK_TYPES, PrepareConfig, load_run_config
+from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import UserError
 from supmer_ray.train import train
 
@@ -108,7 +110,15 @@ def test_two_workers_learn_what_one_learns(undisturbed, tiny_store, tmp_path):
     assert float((one - two).abs().max()) < 1e-3
 
 
-def test_what_cannot_run_is_refused_before_anything_is_written(ray_cluster, undisturbed, tiny_store, tmp_path):
+@pytest.fixture
+def poor_store(ray_cluster, tiny_t5, tmp_path):
+    """A store of three domains."""
+    config = PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=3, max_documents=12)
+    prepare(config, tmp_path / "poor")
+    return tmp_path / "poor"
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(undisturbed, tiny_store, poor_store, tmp_path):
     out = tmp_path / "refused"
     with pytest.raises(UserError, match="CPUs"):
         train(load_run_config(None, ["workers.cpus=64"]), tiny_store, out)
@@ -125,4 +135,18 @@ def test_what_cannot_run_is_refused_before_anything_is_written(ray_cluster, undi
             undisturbed.checkpoint.parent,
             resume=True,
         )
+    with pytest.raises(UserError, match="'scc' needs 8 domains"):
+        train(load_run_config(None, [*SETTINGS, "tasks.mixture={scc: 1}"]), poor_store, out)
     assert not out.exists()
+
+
+def test_what_only_a_worker_can_see_is_refused_once_and_leaves_nothing(tiny_store, tmp_path):
+    """A worker finds that the weights at the backbone's place are others than the store was prepared with."""
+    store = tmp_path / "store"
+    shutil.copytree(tiny_store, store)
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["backbone"]["fingerprint"] = "0" * 64
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was prepared with other weights"):
+        train(load_run_config(None, SETTINGS), store, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

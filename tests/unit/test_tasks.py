@@ -25,7 +25,7 @@ from supmer_ray.model.prompted import micro_batches
 from supmer_ray.tasks.batch import Examples, TaskBatch, collate
 from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
 from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten
-from supmer_ray.tasks.types import ANSWERS, balanced, domain_similarity
+from supmer_ray.tasks.types import ANSWERS, balanced, domain_similarity, require_domains
 
 PREFIX, SUFFIX, SENTINEL, CLOSING = 1, 2, 3, 4
 WORDS = {word: 10 + number for number, word in enumerate((*PAIR_ANSWERS, *LETTERS))}
@@ -189,13 +189,14 @@ def test_the_mixture_decides_how_often_a_type_comes():
 
 
 def test_too_few_domains_are_refused(store):
-    builder = make_builder(store)
+    require_domains(store, TASK_TYPES)
     family = store.family("ss")
-    few = Family(family.centroids[:1], family.items, family.starts[:2], family.train_ends[:1])
+    few = Family(family.centroids[:3], family.items, family.starts[:4], family.train_ends[:3])
     saved, store._families["ss"] = store._families["ss"], few
     try:
-        with pytest.raises(UserError, match="needs 8 domains"):
-            builder.validation_task("scc", 0)
+        require_domains(store, ["nsp", "nss", "scsp", "scss"])
+        with pytest.raises(UserError, match=r"'scc' needs 8 domains .* train items, and the store .* has 3"):
+            require_domains(store, TASK_TYPES)
     finally:
         store._families["ss"] = saved
 
