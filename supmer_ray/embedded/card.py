@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from supmer_ray.embedded.assemble import DECODER_LAYERS
+from supmer_ray.embedded.assemble import DECODER_LAYERS, SENTINEL_LIFT
 from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, SOURCES, WORD_SHARE
 from supmer_ray.tasks.types import ANSWERS
 
@@ -43,7 +43,8 @@ Before each input stands a prompt of 0 to {config.prompt} random vocabulary rows
 Of the words asked for, {masked} are masked words of the sentence (rare ones more often), {matter} are words from around
 the sentence, behind a tail such as "topic : [MASK] .", and {manner} are words that "very" often stands before, behind a
 tail such as "it was [MASK] .".
-{config.tasks:.0%} of the batches ask the paper's five task types instead.
+{config.tasks:.0%} of the batches ask the paper's five task types instead. The output bias of `[MASK]` starts {lift:g}
+above the other special tokens', or the decoder could never say it before an answer.
 
 {steps:,} steps of {config.batch} examples (each encoded example is used {config.passes} times), {seen:.1f} M encoded
 tokens, AdamW with rate {config.rate}, seed {config.seed}, {minutes:.0f} minutes. Made by:
@@ -102,5 +103,6 @@ def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command:
         ),
         command=command,
         held_out=HELD_OUT,
+        lift=SENTINEL_LIFT,
         config=config,
     )
