@@ -7,6 +7,9 @@ comparison is plain prompt tuning from vocabulary rows against SUPMER, on the sa
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -77,13 +80,16 @@ def quickstart(out: Path, *, overwrite: bool = False) -> list[Outcome]:
     with whole_file(out / "results.json") as file:
         file.write_text(json.dumps([outcome.row() for outcome in outcomes], indent=1) + "\n", encoding="utf-8")
     _show(outcomes, time.monotonic() - started)
-    print(f"\nResults: {out / 'results.json'}    Checkpoint: {run.checkpoint}\n\nNext:")
+    checkpoint_folder = out / "run" / run.checkpoint.name
+    # In a fresh clone the command stands in a virtual environment that is not on the path.
+    supmer = "supmer" if shutil.which("supmer") else os.path.relpath(sys.argv[0])
+    print(f"\nResults: {out / 'results.json'}    Checkpoint: {checkpoint_folder}\n\nNext:")
     for command in (
-        f"supmer adapt --task bbc-topic --checkpoint {run.checkpoint} --out {out / 'adapted'}",
-        f"supmer predict --adapted {out / 'adapted'} --input headlines.csv --output labelled.csv",
-        f"supmer prepare --source YOUR_TEXT --out {out.parent / 'my-store'}",
+        f"adapt --task bbc-topic --checkpoint {checkpoint_folder} --out {out / 'adapted'}",
+        f"predict --adapted {out / 'adapted'} --input YOUR_HEADLINES.csv --output labelled.csv   # a 'headline' column",
+        f"prepare --source YOUR_TEXT --domains 50 --out {out.parent / 'my-store'}",
     ):
-        print(f"  {command}")
+        print(f"  {supmer} {command}")
     return outcomes
 
 
