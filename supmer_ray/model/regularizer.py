@@ -44,11 +44,13 @@ class Regularizer(nn.Module):
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(d_model)) for _ in range(layers))
         self.gate_in = nn.Linear(d_model, gate_hidden)
         self.gate_out = nn.Linear(gate_hidden, 1)
-        # Each layer starts as the projection UV = VᵀV, so that a fresh ψ passes on as much of the gradient as
-        # a relu lets through; a random map would send the prompt off in random directions until φ has learned.
+        # Each layer starts near the projection UV = VᵀV, so that a fresh ψ passes on as much of the gradient as a
+        # relu lets through; a random map would send the prompt off in random directions until φ has learned.
+        # Near, not at it: the second relu would stand at its kink wherever the first is shut, and rounding decide.
         for u, v in zip(self.u, self.v, strict=True):
             nn.init.orthogonal_(v)
-            u.data.copy_(v.detach().T)
+            nn.init.orthogonal_(u, gain=0.1)
+            u.data.add_(v.detach().T)
 
     def gate(self, task_embedding: Tensor) -> Tensor:
         """z = σ(W₂ relu(W₁ h + b₁) + b₂): (tasks, d) → (tasks,)."""
