@@ -45,8 +45,21 @@ CATALOG_TASKS = {
     "film-sentiment": "review snippet (`text`) from Rotten Tomatoes → positive (fresh), negative (rotten)",
     "product-sentiment": "sentence (`text`) of a product review → positive (mean rating of 0.5 or more on [-4, 4]), "
     "negative (-0.5 or less); the ones between are left out",
+    "headline-match": "BBC `headline` and the first sentence of an article, `opening` → yes (its own headline), no "
+    "(another article's of the same topic, the column `topic`); equally many of each",
+    "next-paragraph": "first sentence of a BBC article, `opening`, and of four paragraphs, `a` to `d` → the letter of "
+    "the article's next paragraph; the others follow the openings of other articles of the same topic",
+    "reuters": "first 80 words (`text`) of a Reuters-21578 R52 story → its category; R8 are acq, crude, earn, grain, "
+    "interest, money-fx, ship, trade",
+    "newsgroups": "first 80 words (`text`) of a post to 20 Newsgroups → the group",
+    "newsgroups-topic": "first 80 words (`text`) of a post to 20 Newsgroups → politics (talk.politics.*), sport "
+    "(rec.sport.*), tech (comp.*), three of the topics of bbc-topic",
 }
-"""Labelled tasks by name: the text field, and the labels."""
+"""Labelled tasks by name: the text fields, and the labels."""
+
+
+_Row = tuple[str, ...]
+"""A labelled example: its split, its texts, its label."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ def unlabelled(name: str) -> Iterator[Document]:
 
 
 def labelled(name: str) -> pd.DataFrame:
-    """The examples of a task with columns `split` ("train" or "test"), the text field, and `label`.
+    """The examples of a task with columns `split` ("train" or "test"), the text fields, and `label`, the last one.
 
     No text stands in both splits, and the order is the same on every machine.
 
@@ -93,8 +106,9 @@ def labelled(name: str) -> pd.DataFrame:
     """
     if name not in CATALOG_TASKS:
         raise UserError(f"The catalog has no task '{name}'; {nearest(name, CATALOG_TASKS)}")
-    table = pd.DataFrame(_TASKS[name](), columns=["split", "headline" if name == "bbc-topic" else "text", "label"])
-    text = table.columns[1]
+    columns, rows = _TASKS[name]
+    table = pd.DataFrame(rows(), columns=["split", *columns])
+    text = columns[0]
     # Train first: a text that both splits hold stays where unlabeled text may show it.
     table = table.sort_values("split", ascending=False, kind="stable")
     table = table[~table[text].map(_normal).duplicated()]
@@ -103,17 +117,86 @@ def labelled(name: str) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def _topics() -> Iterator[tuple[str, str, str]]:
+def _topics() -> Iterator[_Row]:
     return ((entry.split, text, topic) for entry in _entries("bbc") for text, topic in entry.pieces)
 
 
-def _film_sentiment() -> Iterator[tuple[str, str, str]]:
+@dataclass(frozen=True)
+class _Article:
+    """What the tasks about the structure of BBC's articles need: a headline and the first sentences of paragraphs."""
+
+    headline: str
+    opening: str
+    second: str | None
+
+
+def _articles() -> Iterator[tuple[str, str, list[_Article]]]:
+    """BBC's articles by split and topic, in the order of a hash: which are paired must not follow the file names."""
+    groups: dict[tuple[str, str], list[tuple[str, _Article]]] = {}
+    seen: set[str] = set()
+    for entry in _entries("bbc"):
+        [(headline, topic)] = entry.pieces
+        paragraphs = [line for line in entry.text.split("\n")[1:] if line.strip()]
+        if paragraphs:
+            first = [" ".join(str(nupunkt.sent_tokenize(text)[0]).split()) for text in paragraphs[:2]]
+            # Articles that were published twice with small changes must not stand as two.
+            if {entry.identity, first[0]} & seen:
+                continue
+            seen |= {entry.identity, first[0]}
+            article = _Article(headline, first[0], first[1] if len(first) > 1 else None)
+            place = hashlib.sha256(entry.identity.encode()).hexdigest()
+            groups.setdefault((entry.split, topic), []).append((place, article))
+    for (split, topic), articles in groups.items():
+        yield split, topic, [article for _, article in sorted(articles, key=lambda pair: pair[0])]
+
+
+def _headline_match() -> Iterator[_Row]:
+    for split, topic, articles in _articles():
+        half = len(articles) // 2
+        for article in articles[:half]:
+            yield split, article.headline, article.opening, topic, "yes"
+        others = articles[half : 2 * half]
+        for article, other in zip(others, others[1:] + others[:1], strict=True):
+            yield split, article.headline, other.opening, topic, "no"
+
+
+def _next_paragraph() -> Iterator[_Row]:
+    for split, _, articles in _articles():
+        whole = [(article.opening, article.second) for article in articles if article.second]
+        for number, (opening, second) in enumerate(whole):
+            own = number % 4
+            candidates = [whole[(number + step) % len(whole)][1] for step in (1, 2, 3)]
+            candidates.insert(own, second)
+            yield split, opening, *candidates, "ABCD"[own]
+
+
+def _category(entry: _Entry) -> str:
+    return entry.id.split("/")[1]
+
+
+def _first_words(text: str) -> str:
+    return " ".join(text.split()[:80])
+
+
+def _stories(source: str) -> Iterator[_Row]:
+    return ((entry.split, _first_words(entry.text), _category(entry)) for entry in _entries(source))
+
+
+def _newsgroup_topics() -> Iterator[_Row]:
+    topics = {"talk.politics": "politics", "rec.sport": "sport", "comp": "tech"}
+    for split, text, group in _stories("newsgroups"):
+        for prefix, topic in topics.items():
+            if group.startswith(f"{prefix}."):
+                yield split, text, topic
+
+
+def _film_sentiment() -> Iterator[_Row]:
     signs = {"fresh": "positive", "rotten": "negative"}
     for entry in _entries("rotten-tomatoes"):
         yield from ((entry.split, text, signs[kind]) for text, kind in entry.pieces if kind in signs)
 
 
-def _subjectivity() -> Iterator[tuple[str, str, str]]:
+def _subjectivity() -> Iterator[_Row]:
     for entry in _entries("rotten-tomatoes"):
         for text, kind in entry.pieces:
             plot = kind == "plot"
@@ -124,19 +207,25 @@ def _subjectivity() -> Iterator[tuple[str, str, str]]:
                     yield entry.split, sentence, "objective" if plot else "subjective"
 
 
-def _product_sentiment() -> Iterator[tuple[str, str, str]]:
+def _product_sentiment() -> Iterator[_Row]:
     for entry in _entries("product-reviews"):
         for text, rating in entry.pieces:
             if abs(float(rating)) >= 0.5:
                 yield entry.split, text, "positive" if float(rating) > 0 else "negative"
 
 
-_TASKS: dict[str, Callable[[], Iterable[tuple[str, str, str]]]] = {
-    "bbc-topic": _topics,
-    "subjectivity": _subjectivity,
-    "film-sentiment": _film_sentiment,
-    "product-sentiment": _product_sentiment,
+_TASKS: dict[str, tuple[tuple[str, ...], Callable[[], Iterable[_Row]]]] = {
+    "bbc-topic": (("headline", "label"), _topics),
+    "subjectivity": (("text", "label"), _subjectivity),
+    "film-sentiment": (("text", "label"), _film_sentiment),
+    "product-sentiment": (("text", "label"), _product_sentiment),
+    "headline-match": (("headline", "opening", "topic", "label"), _headline_match),
+    "next-paragraph": (("opening", "a", "b", "c", "d", "label"), _next_paragraph),
+    "reuters": (("text", "label"), lambda: _stories("reuters")),
+    "newsgroups": (("text", "label"), lambda: _stories("newsgroups")),
+    "newsgroups-topic": (("text", "label"), _newsgroup_topics),
 }
+"""The columns of each task behind `split`, a text first, and what reads its rows."""
 
 
 def _balance(table: pd.DataFrame, text: str) -> pd.DataFrame:

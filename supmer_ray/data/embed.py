@@ -47,18 +47,19 @@ def mean_pooled(backbone: Backbone, inputs: Sequence[np.ndarray], tokens_per_bat
     import torch
 
     from supmer_ray.model.prompted import micro_batches
+    from supmer_ray.tasks.batch import Examples, collate
 
-    lengths = np.array([len(ids) for ids in inputs], np.int64)
     result = np.empty((len(inputs), backbone.d_model), np.float32)
-    for rows in micro_batches(lengths, 0, tokens_per_batch):
-        real = np.arange(lengths[rows].max()) < lengths[rows, None]
-        ids = np.full(real.shape, backbone.pad, np.int64)
-        ids[real] = np.concatenate([inputs[row] for row in rows])
+    examples = Examples.of(inputs, [[backbone.closing]] * len(inputs))
+    for chosen in micro_batches(examples.lengths, 0, tokens_per_batch):
+        rows = collate(examples, chosen, pad=backbone.pad, start=backbone.start, device=backbone.device)
         with torch.inference_mode():
-            mask = torch.from_numpy(real).to(backbone.device)
-            states = backbone.encode(backbone.embed(torch.from_numpy(ids).to(backbone.device)), mask.long())
-            total = (states * mask[..., None]).sum(dim=1, dtype=torch.float32)
-            result[rows] = (total / mask.sum(dim=1, keepdim=True)).cpu().numpy()
+            states = backbone.encode(backbone.embed(rows.input_ids), rows.layout)
+            sums = [
+                own[:keys].sum(dim=0, dtype=torch.float32) / keys
+                for own, keys in zip(states.split(rows.layout.widths), rows.layout.keys, strict=True)
+            ]
+            result[chosen] = torch.stack(sums).cpu().numpy()
     return result
 
 

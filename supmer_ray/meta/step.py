@@ -9,17 +9,21 @@ adapted prompts θ': its gradient there is summed first, and pulled back through
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted, micro_batches, prompt_gradients
-from supmer_ray.tasks.batch import Examples, TaskBatch, collate
+from supmer_ray.tasks.batch import Examples, TaskBatch, collate, to_device
 
 MIXED_POSITIONS = 2
 """The decoder positions that carry the mixed target: the sentinel and the label word."""
@@ -37,6 +41,7 @@ class MetaGradients:
             gate_penalty (R), gradient_norm (‖g‖), update_norm (‖ψ‖), update_cosine (cos(g, ψ)).
         support_gradient, update: (T, P, d) g and ψ of the last inner step.
         task_embedding: (T, d) h of the last inner step.
+        marks: when the step began, had its adapted prompts, and ended; `seconds` reads them.
     """
 
     prompt: Tensor
@@ -46,6 +51,18 @@ class MetaGradients:
     support_gradient: Tensor = field(repr=False)
     update: Tensor = field(repr=False)
     task_embedding: Tensor = field(repr=False)
+    marks: list[Any] = field(default_factory=list, repr=False)
+
+    def seconds(self) -> dict[str, float]:
+        """What the step took by phase: "support" (the inner steps) and "query" (the rest).
+
+        On a GPU, ask only after the host has waited for it anyway.
+        """
+        began, adapted, ended = self.marks
+        if isinstance(began, float):
+            return {"support": adapted - began, "query": ended - adapted}
+        ended.synchronize()
+        return {"support": began.elapsed_time(adapted) / 1e3, "query": adapted.elapsed_time(ended) / 1e3}
 
 
 class MetaStep:
@@ -55,12 +72,19 @@ class MetaStep:
         backbone: the frozen model.
         regularizer: ψ_φ, or `IdentityRegularizer`.
         second_order: differentiate through the inner gradients too (exact MAML).
-        token_budget: padded encoder tokens of a micro-batch, prompts included.
+        token_budget: encoder tokens of a micro-batch, prompts included.
+
+    Raises:
+        UserError: second order with weights in bfloat16.
     """
 
     def __init__(
         self, backbone: Backbone, regularizer: nn.Module, *, second_order: bool = False, token_budget: int = 4096
     ) -> None:
+        if second_order and backbone.dtype == torch.bfloat16:
+            raise UserError(
+                "meta.order second needs more digits than bfloat16 weights give; set workers.precision: float32."
+            )
         self.backbone = backbone
         self.regularizer = regularizer
         self.second_order = second_order
@@ -82,15 +106,20 @@ class MetaStep:
     def _meta_gradients(
         self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch, mixing: np.ndarray
     ) -> MetaGradients:
+        marks = [self._mark()]
         theta = prompt.detach().requires_grad_()
         rates = inner_rates.detach().requires_grad_()
         support = self._micro_batches(batch.support, theta.shape[0])
         adapted = theta.expand(len(batch), *theta.shape)
+        # Without inner steps (a prompt that is pre-trained, not meta-learned) nothing is adapted and no gate is asked.
+        gradient = update = torch.zeros_like(adapted)
+        embedding, support_loss, gate = theta.new_zeros(len(batch), theta.shape[1]), *theta.new_zeros(2, len(batch))
         for rate in rates:
             gradient, embedding, support_loss = self._support_gradient(adapted, batch.support, support)
             update, gate = self.regularizer(gradient, embedding)
             adapted = adapted - rate * update
 
+        marks.append(self._mark())
         query_gradient, query_loss = self._query_gradient(adapted, batch, mixing)
         agreement = torch.cosine_similarity(query_gradient, update.detach(), dim=-1).mean(dim=-1)
         similarity = (1 + agreement) / 2
@@ -99,7 +128,7 @@ class MetaStep:
 
         parameters = list(self.regularizer.parameters())
         outputs, seeds = [adapted], [query_gradient]
-        if parameters:
+        if penalty.requires_grad:
             outputs.append(penalty)
             seeds.append(torch.ones_like(penalty))
         prompt_gradient, rate_gradient, *phi_gradients = torch.autograd.grad(
@@ -107,6 +136,7 @@ class MetaStep:
         )
         gradient, update = gradient.detach(), update.detach()
         cosine = torch.cosine_similarity(gradient.flatten(1), update.flatten(1), dim=1)
+        marks.append(self._mark())
         return MetaGradients(
             prompt=prompt_gradient,
             regularizer=phi_gradients,
@@ -124,7 +154,16 @@ class MetaStep:
             support_gradient=gradient,
             update=update,
             task_embedding=embedding,
+            marks=marks,
         )
+
+    def _mark(self) -> Any:
+        """Now, in seconds; on a GPU a mark in its own stream of work, for which the host does not wait."""
+        if self.backbone.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def losses(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Unmixed query losses (T,) and accuracies (T,) after the inner steps: what validation reports.
@@ -148,8 +187,8 @@ class MetaStep:
         with torch.no_grad():
             for index in self._micro_batches(batch.query, prompt.shape[0]):
                 rows = self._rows(batch.query, index)
-                states, mask = encode_prompted(self.backbone, adapted, rows)
-                logits = self._target_logits(states, mask, rows)
+                states, layout = encode_prompted(self.backbone, adapted, rows)
+                logits = self._target_logits(states, layout, rows)
                 own = torch.log_softmax(logits, dim=-1).gather(2, rows.labels[:, :MIXED_POSITIONS, None])[..., 0]
                 losses.index_add_(0, rows.task, -own.sum(dim=1).to(losses.dtype))
                 for i, task in enumerate(rows.task.tolist()):
@@ -160,9 +199,9 @@ class MetaStep:
     def _micro_batches(self, examples: Examples, prompt_length: int) -> list[np.ndarray]:
         return micro_batches(examples.lengths, prompt_length, self.token_budget)
 
-    def _rows(self, examples: Examples, index: np.ndarray, length: int | None = None) -> Rows:
+    def _rows(self, examples: Examples, index: np.ndarray, widths: np.ndarray | None = None) -> Rows:
         backbone = self.backbone
-        return collate(examples, index, pad=backbone.pad, start=backbone.start, length=length, device=backbone.device)
+        return collate(examples, index, pad=backbone.pad, start=backbone.start, widths=widths, device=backbone.device)
 
     def _counts(self, examples: Examples, tasks: int) -> Tensor:
         counts = np.bincount(examples.task, minlength=tasks).astype(np.float32)
@@ -181,9 +220,8 @@ class MetaStep:
         sizes = self._counts(support, len(at)).to(at.dtype)
         return prompt_gradients(self.backbone, at, batches, sizes, differentiable=second_order)
 
-    def _target_logits(self, states: Tensor, mask: Tensor, rows: Rows) -> Tensor:
-        logits = self.backbone.logits(states, mask, rows.decoder_input_ids[:, :MIXED_POSITIONS])
-        return logits if logits.dtype == torch.float64 else logits.float()
+    def _target_logits(self, states: Tensor, layout: Layout, rows: Rows) -> Tensor:
+        return self.backbone.logits(states, layout, rows.decoder_input_ids[:, :MIXED_POSITIONS])
 
     def _query_gradient(self, adapted: Tensor, batch: TaskBatch, mixing: np.ndarray) -> tuple[Tensor, Tensor]:
         """∂L/∂θ' (T, P, d) and L (T,) of the mixed query loss at θ' = `adapted`."""
@@ -211,18 +249,19 @@ class MetaStep:
         """Σ KL(target ‖ p) over the mixed positions, of each example in `index`."""
         if alone:
             rows = self._rows(batch.query, index)
-            states, mask = encode_prompted(self.backbone, at, rows)
-            log_p = torch.log_softmax(self._target_logits(states, mask, rows), dim=-1)
+            states, layout = encode_prompted(self.backbone, at, rows)
+            log_p = torch.log_softmax(self._target_logits(states, layout, rows), dim=-1)
             own = log_p.gather(2, rows.labels[:, :MIXED_POSITIONS, None])[..., 0]
             return -own.sum(dim=1), rows
-        width = int(np.maximum(batch.query.lengths[index], batch.partner.lengths[index]).max())
-        rows = self._rows(batch.query, index, width)
-        partner = self._rows(batch.partner, index, width)
-        states, mask = encode_prompted(self.backbone, at, rows)
-        partner_states, partner_mask = encode_prompted(self.backbone, at, partner)
-        keep = torch.as_tensor(mixing, dtype=states.dtype, device=states.device)[:, None, None]
-        mixed = keep * states + (1 - keep) * partner_states
-        log_p = torch.log_softmax(self._target_logits(mixed, mask | partner_mask, rows), dim=-1)
+        # The shorter of the two is encoded with padding, because the union of both masks reads it there.
+        widths = np.maximum(batch.query.lengths[index], batch.partner.lengths[index])
+        rows, partner = self._rows(batch.query, index, widths), self._rows(batch.partner, index, widths)
+        states, _ = encode_prompted(self.backbone, at, Rows.concat(rows, partner))
+        own_states, partner_states = states.chunk(2)
+        union = Layout(rows.layout.widths, rows.layout.widths).behind(at.shape[1])
+        keep = to_device(mixing, states.device).to(states.dtype)[union.examples(states.device), None]
+        mixed = keep * own_states + (1 - keep) * partner_states
+        log_p = torch.log_softmax(self._target_logits(mixed, union, rows), dim=-1)
         labels, partner_labels = rows.labels[:, :MIXED_POSITIONS], partner.labels[:, :MIXED_POSITIONS]
         own = log_p.gather(2, labels[..., None])[..., 0]
         other = log_p.gather(2, partner_labels[..., None])[..., 0]

@@ -1,7 +1,8 @@
 """The frozen encoder-decoder f: any `AutoModelForSeq2SeqLM`, by folder or by hub name.
 
-In come token ids, out come encoder states and next-token logits. Everything that differs between
-model families (sentinels, the frame around a text, the limit on positions) is settled here once.
+In come packed embeddings, out come encoder states and next-token logits. Everything that differs
+between model families (sentinels, the frame around a text, the limit on positions, whose forward
+computes) is settled here once.
 """
 
 from __future__ import annotations
@@ -9,22 +10,49 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from supmer_ray.embedded import resolve
 from supmer_ray.errors import UserError
+from supmer_ray.model.bert import BertForward
+from supmer_ray.model.library import LibraryForward
+from supmer_ray.model.packed import Layout, half_on_cpu
+from supmer_ray.model.t5 import T5Forward
 
 transformers_logging.disable_progress_bar()
 
 
+class Forward(Protocol):
+    """How a family of models computes, on packed rows."""
+
+    def encode(self, embeddings: Tensor, layout: Layout) -> Tensor:
+        """Packed (N, d) embeddings → packed (N, d) last hidden states."""
+        ...
+
+    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor) -> Tensor:
+        """Packed (N, d) states, (B, T) decoder ids → (B, T, vocabulary) logits."""
+        ...
+
+
+def forward_of(model: Any) -> Forward:
+    """The fastest forward there is for `model`."""
+    if model.config.model_type in ("t5", "mt5"):
+        return T5Forward(model)
+    if model.config.model_type == "encoder-decoder" and BertForward.fits(model):
+        return BertForward(model)
+    return LibraryForward(model)
+
+
 class Backbone:
     """A frozen encoder-decoder language model with its tokenizer.
+
+    Args:
+        forward: what computes; unset: the fastest for `model`. Those take its weights for constants.
 
     Attributes:
         d_model: width d of the encoder's embeddings and states.
@@ -35,13 +63,13 @@ class Backbone:
         max_positions: longest encoder input, prompt included; None where positions are relative (T5).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, forward: Forward | None = None) -> None:
         model.eval().requires_grad_(False)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.encoder = model.get_encoder()
-        self.embedding: torch.nn.Embedding = self.encoder.get_input_embeddings()
+        self.forward = forward or forward_of(model)
+        self.embedding: torch.nn.Embedding = model.get_encoder().get_input_embeddings()
         self.d_model: int = self.embedding.embedding_dim
         encoder_config = getattr(model.config, "encoder", model.config)
         self.max_positions: int | None = getattr(encoder_config, "max_position_embeddings", None)
@@ -100,21 +128,34 @@ class Backbone:
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, L) ids → (B, L, d) input embeddings, as the encoder itself would look them up."""
-        return self.embedding(input_ids)
+        """Ids (N,) → (N, d) input embeddings, as the encoder itself would look them up.
 
-    def encode(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L, d) embeddings, (B, L) mask → (B, L, d) last hidden states of the encoder."""
-        return self.encoder(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
+        On a CPU they, and all states after them, are float32 even where the weights are bfloat16.
+        """
+        embeddings = self.embedding(input_ids)
+        return embeddings.float() if half_on_cpu(embeddings) else embeddings
 
-    def logits(self, states: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        """Encoder states (B, L, d), their mask (B, L), decoder ids (B, T) → (B, T, vocabulary) logits."""
-        return self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            use_cache=False,
-        ).logits
+    def encode(self, embeddings: Tensor, layout: Layout) -> Tensor:
+        """Packed (N, d) embeddings → packed (N, d) last hidden states of the encoder."""
+        return self.forward.encode(embeddings, layout)
+
+    def logits(self, states: Tensor, layout: Layout, decoder_input_ids: Tensor) -> Tensor:
+        """Packed (N, d) encoder states, decoder ids (B, T) → (B, T, vocabulary) logits, float32 or wider."""
+        logits = self.forward.decode(states, layout, decoder_input_ids)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def checkpoint_activations(self) -> None:
+        """Compute the encoder's activations again in the backward instead of keeping them.
+
+        Raises:
+            UserError: this family's forward cannot.
+        """
+        if not isinstance(self.forward, T5Forward):
+            raise UserError(
+                f"workers.checkpoint_activations works with T5 models, and '{self.name}' is none; set it to false, and "
+                "lower workers.tokens_per_micro_batch where memory is short."
+            )
+        self.forward.checkpointing = True
 
     def random_rows(self, count: int, below: int, generator: torch.Generator) -> Tensor:
         """(count, d) float32: embeddings of random vocabulary ids under `below`, the start of a prompt."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.packed import Layout
 
 IGNORED = -100
 """A label that counts for nothing."""
@@ -22,26 +23,45 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """A padded micro-batch of B examples.
+    """A micro-batch of B examples, one after the other.
 
     Attributes:
-        input_ids: (B, L) token ids; −1−k stands for row k of the example's own `vectors`.
-        attention_mask: (B, L) 1 where a position is real.
+        input_ids: (N,) token ids; −1−k stands for row k of the example's own `vectors`.
+        layout: where each example stands among the N positions.
         decoder_input_ids: (B, T) what the decoder reads.
         labels: (B, T) what it should say, `IGNORED` where nothing is asked.
         task: (B,) which prompt each example belongs to.
+        owners: `task`, for the host.
         vectors: (tasks, K, d) embeddings that are put straight into the sequence, or None.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    layout: Layout
     decoder_input_ids: Tensor
     labels: Tensor
     task: Tensor
+    owners: tuple[int, ...]
     vectors: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.layout)
+
+    @staticmethod
+    def concat(first: Rows, second: Rows) -> Rows:
+        """The examples of both, which belong to the same tasks but insert vectors of their own."""
+        second_ids, vectors = second.input_ids, first.vectors
+        if first.vectors is not None and second.vectors is not None:
+            second_ids = torch.where(second_ids < 0, second_ids - first.vectors.shape[1], second_ids)
+            vectors = torch.cat([first.vectors, second.vectors], dim=1)
+        return Rows(
+            torch.cat([first.input_ids, second_ids]),
+            Layout(first.layout.widths + second.layout.widths, first.layout.keys + second.layout.keys),
+            torch.cat([first.decoder_input_ids, second.decoder_input_ids]),
+            torch.cat([first.labels, second.labels]),
+            torch.cat([first.task, second.task]),
+            first.owners + second.owners,
+            vectors,
+        )
 
 
 def micro_batches(lengths: np.ndarray, overhead: int, token_budget: int) -> list[np.ndarray]:
@@ -66,35 +86,34 @@ def micro_batches(lengths: np.ndarray, overhead: int, token_budget: int) -> list
     return batches
 
 
-def encode_prompted(backbone: Backbone, prompts: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def encode_prompted(backbone: Backbone, prompts: Tensor, rows: Rows) -> tuple[Tensor, Layout]:
     """Encode [θ_task; x] for every example.
 
     Args:
         prompts: (tasks, P, d).
 
     Returns:
-        Encoder states (B, P + L, d) and their mask (B, P + L).
+        Packed encoder states (N + B·P, d), and where each example stands among them.
     """
     embeddings = backbone.embed(rows.input_ids.clamp_min(0))
     if rows.vectors is not None:
-        slots = rows.input_ids < 0
-        index = torch.where(slots, -1 - rows.input_ids, 0)
-        inserted = rows.vectors.to(embeddings.dtype)[rows.task[:, None], index]
-        embeddings = torch.where(slots[..., None], inserted, embeddings)
-    own = prompts.to(embeddings.dtype)[rows.task]
-    ones = rows.attention_mask.new_ones(len(rows), prompts.shape[1])
-    mask = torch.cat([ones, rows.attention_mask], dim=1)
-    return backbone.encode(torch.cat([own, embeddings], dim=1), mask), mask
+        own = rows.task[rows.layout.examples(rows.task.device)]
+        inserted = rows.vectors.to(embeddings.dtype)[own, (-1 - rows.input_ids).clamp_min(0)]
+        embeddings = torch.where(rows.input_ids[:, None] < 0, inserted, embeddings)
+    each = prompts.to(embeddings.dtype).unbind()
+    texts = embeddings.split(rows.layout.widths)
+    parts = [part for owner, text in zip(rows.owners, texts, strict=True) for part in (each[owner], text)]
+    layout = rows.layout.behind(prompts.shape[1])
+    return backbone.encode(torch.cat(parts), layout), layout
 
 
-def label_losses(backbone: Backbone, states: Tensor, mask: Tensor, rows: Rows) -> Tensor:
+def label_losses(backbone: Backbone, states: Tensor, layout: Layout, rows: Rows) -> Tensor:
     """Σ_t −log p(y_t | y_<t, [θ; x]) of each example, (B,), in float32 or wider."""
-    logits = backbone.logits(states, mask, rows.decoder_input_ids)
-    wide = logits.float() if logits.dtype != torch.float64 else logits
+    logits = backbone.logits(states, layout, rows.decoder_input_ids)
     losses = torch.nn.functional.cross_entropy(
-        wide.transpose(1, 2), rows.labels, ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, 1), rows.labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.sum(dim=1)
+    return losses.view(rows.labels.shape).sum(dim=1)
 
 
 def prompt_gradients(
@@ -116,18 +135,20 @@ def prompt_gradients(
     gradients, losses = torch.zeros_like(prompts), prompts.new_zeros(tasks)
     sums, positions = prompts.new_zeros(tasks, width), prompts.new_zeros(tasks)
     for rows in batches:
-        states, mask = encode_prompted(backbone, prompts, rows)
-        share = label_losses(backbone, states, mask, rows).to(prompts.dtype) / sizes[rows.task]
+        states, layout = encode_prompted(backbone, prompts, rows)
+        share = label_losses(backbone, states, layout, rows).to(prompts.dtype) / sizes[rows.task]
         gradients = gradients + torch.autograd.grad(share.sum(), prompts, create_graph=differentiable)[0]
         losses.index_add_(0, rows.task, share.detach())
         # h reads real positions only: padding says nothing about the task.
-        real = mask.to(prompts.dtype)
-        sums.index_add_(0, rows.task, torch.einsum("bl,bld->bd", real, states.detach().to(prompts.dtype)))
-        positions.index_add_(0, rows.task, real.sum(dim=1))
+        real = layout.real(prompts.device).to(prompts.dtype)
+        member = torch.zeros(tasks, layout.positions, dtype=prompts.dtype, device=prompts.device)
+        member.scatter_(0, rows.task[layout.examples(prompts.device)][None], real[None])
+        sums += member @ states.detach().to(prompts.dtype)
+        positions += member.sum(dim=1)
     return gradients, sums / positions[:, None], losses
 
 
-def answer_logits(backbone: Backbone, states: Tensor, mask: Tensor) -> Tensor:
+def answer_logits(backbone: Backbone, states: Tensor, layout: Layout) -> Tensor:
     """(B, vocabulary) logits of the word that follows the sentinel, for scoring verbalizers."""
-    decoder_ids = states.new_tensor([backbone.start, backbone.sentinel], dtype=torch.long).expand(len(states), 2)
-    return backbone.logits(states, mask, decoder_ids)[:, 1]
+    decoder_ids = torch.tensor([[backbone.start, backbone.sentinel]], device=states.device).expand(len(layout), 2)
+    return backbone.logits(states, layout, decoder_ids)[:, 1]

@@ -26,6 +26,7 @@ class Regularizer(nn.Module):
         rank: of the low-rank layers; None: min(1920, d).
         layers: how many of them.
         gate_hidden: hidden size of the gate's two-layer network.
+        gated: False: the gate stands shut, ψ = ũ and z = 0 (the ablation without gate).
 
     Example:
         >>> psi = Regularizer(d_model=8, rank=4)
@@ -35,15 +36,19 @@ class Regularizer(nn.Module):
         (torch.Size([3, 5, 8]), torch.Size([3]))
     """
 
-    def __init__(self, d_model: int, rank: int | None = None, layers: int = 2, gate_hidden: int = 24) -> None:
+    def __init__(
+        self, d_model: int, rank: int | None = None, layers: int = 2, gate_hidden: int = 24, *, gated: bool = True
+    ) -> None:
         super().__init__()
         self.d_model = d_model
         self.rank = rank or min(RANK_LIMIT, d_model)
         self.u = nn.ParameterList(nn.Parameter(torch.empty(d_model, self.rank)) for _ in range(layers))
         self.v = nn.ParameterList(nn.Parameter(torch.empty(self.rank, d_model)) for _ in range(layers))
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(d_model)) for _ in range(layers))
-        self.gate_in = nn.Linear(d_model, gate_hidden)
-        self.gate_out = nn.Linear(gate_hidden, 1)
+        self.gated = gated
+        if gated:
+            self.gate_in = nn.Linear(d_model, gate_hidden)
+            self.gate_out = nn.Linear(gate_hidden, 1)
         # Each layer starts near the projection UV = VᵀV, so that a fresh ψ passes on as much of the gradient as a
         # relu lets through; a random map would send the prompt off in random directions until φ has learned.
         # Near, not at it: the second relu would stand at its kink wherever the first is shut, and rounding decide.
@@ -54,6 +59,8 @@ class Regularizer(nn.Module):
 
     def gate(self, task_embedding: Tensor) -> Tensor:
         """z = σ(W₂ relu(W₁ h + b₁) + b₂): (tasks, d) → (tasks,)."""
+        if not self.gated:
+            return task_embedding.new_zeros(len(task_embedding))
         return torch.sigmoid(self.gate_out(torch.relu(self.gate_in(task_embedding)))).squeeze(-1)
 
     def transform(self, gradient: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Examples in flat arrays, and their way into padded micro-batches.
+"""Examples in flat arrays, and their way into micro-batches.
 
 A `Examples` is what the builders make and what travels (Arrow, no Python object per token); `collate`
-pads some of its rows to the longest of them. `TaskBatch` is what one worker takes in one meta-step.
+lays some of its rows out for a forward. `TaskBatch` is what one worker takes in one meta-step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from supmer_ray.model.packed import ALIGNMENT, Layout
 from supmer_ray.model.prompted import IGNORED, Rows
 
 
@@ -43,7 +44,9 @@ class Examples:
 
     @staticmethod
     def of(
-        inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], vectors: np.ndarray | None = None
+        inputs: Sequence[Sequence[int]] | Sequence[np.ndarray],
+        labels: Sequence[Sequence[int]],
+        vectors: np.ndarray | None = None,
     ) -> Examples:
         """Examples of one task (number 0) from lists of ids."""
         lengths = [len(ids) for ids in inputs]
@@ -148,31 +151,45 @@ def collate(
     *,
     pad: int,
     start: int,
-    length: int | None = None,
+    widths: np.ndarray | None = None,
     device: torch.device | str = "cpu",
 ) -> Rows:
-    """The chosen rows, padded to `length` or to the longest of them, as tensors on `device`.
+    """The chosen rows, one after the other, as tensors on `device`.
+
+    On a GPU all of them are padded to the longest, so that one kernel takes them together.
 
     Args:
-        pad: id that fills; its attention mask is 0.
+        pad: id that fills; nothing attends to it.
         start: id that the decoder reads first; the rest of its input is the labels shifted by one.
+        widths: (B,) positions to encode of each row, at least its length; unset: its length.
     """
+    device = torch.device(device)
     lengths = examples.lengths[rows]
-    width = max(int(lengths.max()), length or 0)
-    real = np.arange(width) < lengths[:, None]
-    ids = np.full((len(rows), width), pad, np.int64)
-    ids[real] = examples.tokens[np.concatenate([np.arange(examples.offsets[r], examples.offsets[r + 1]) for r in rows])]
+    widths = lengths if widths is None else widths
+    if device.type == "cuda":
+        widths = np.full(len(rows), -(-int(widths.max()) // ALIGNMENT) * ALIGNMENT)
+    real = np.concatenate([np.arange(width) < length for width, length in zip(widths, lengths, strict=True)])
+    ids = np.full(int(widths.sum()), pad, np.int64)
+    ids[real] = np.concatenate([examples.tokens[examples.offsets[r] : examples.offsets[r + 1]] for r in rows])
     labels = examples.labels[rows].astype(np.int64)
     said = np.where(labels == IGNORED, pad, labels)[:, :-1]
     decoder_ids = np.concatenate([np.full((len(rows), 1), start, np.int64), said], axis=1)
-    tensors = (torch.from_numpy(array).to(device) for array in (ids, real.astype(np.int64), decoder_ids, labels))
-    input_ids, attention_mask, decoder_input_ids, label_ids = tensors
-    vectors = torch.from_numpy(examples.vectors).to(device) if examples.vectors.shape[1] else None
+    task = examples.task[rows].astype(np.int64)
+    input_ids, decoder_input_ids, label_ids, tasks = (
+        to_device(array, device) for array in (ids, decoder_ids, labels, task)
+    )
     return Rows(
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        layout=Layout(tuple(widths.tolist()), tuple(lengths.tolist())),
         decoder_input_ids=decoder_input_ids,
         labels=label_ids,
-        task=torch.from_numpy(examples.task[rows].astype(np.int64)).to(device),
-        vectors=vectors,
+        task=tasks,
+        owners=tuple(task.tolist()),
+        vectors=to_device(examples.vectors, device) if examples.vectors.shape[1] else None,
     )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor on `device`; a GPU copies it without the host waiting."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

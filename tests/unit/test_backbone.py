@@ -7,6 +7,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import load_backbone
+from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "A sentence about markets, music and rain."] * 20
@@ -42,12 +43,12 @@ def test_the_fingerprint_knows_the_weights_and_not_the_precision(folder, tmp_pat
 def test_each_example_stands_behind_its_own_prompt(folder):
     backbone = load_backbone(str(folder))
     prompts = torch.randn(2, 3, backbone.d_model, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[7, 8, 9], [7, 8, 9]])
     labels = torch.zeros(2, 1, dtype=torch.long)
 
     def states(task):
-        rows = Rows(ids[: len(task)], torch.ones_like(ids[: len(task)]), labels, labels, torch.tensor(task))
-        return encode_prompted(backbone, prompts, rows)[0]
+        layout = Layout((3,) * len(task), (3,) * len(task))
+        rows = Rows(torch.tensor([7, 8, 9] * len(task)), layout, labels, labels, torch.tensor(task), tuple(task))
+        return encode_prompted(backbone, prompts, rows)[0].view(len(task), 6, -1)
 
     both = states([1, 0])
     torch.testing.assert_close(both[:1], states([1]))

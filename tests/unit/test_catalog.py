@@ -18,7 +18,7 @@ def test_source_gives_distinct_train_documents(name):
 @pytest.mark.parametrize("name", catalog.CATALOG_TASKS)
 def test_task_splits_share_no_text(name):
     table = catalog.labelled(name)
-    assert list(table.columns)[::2] == ["split", "label"]
+    assert (table.columns[0], table.columns[-1]) == ("split", "label")
     assert set(table["split"]) == {"train", "test"}
     assert table.iloc[:, 1].map(catalog._normal).is_unique
     share = (table["split"] == "test").mean()
@@ -32,6 +32,7 @@ def test_task_splits_share_no_text(name):
         ("subjectivity", "rotten-tomatoes"),
         ("film-sentiment", "rotten-tomatoes"),
         ("product-sentiment", "product-reviews"),
+        ("headline-match", "bbc"),
     ],
 )
 def test_no_test_text_is_unlabelled(task, source):
@@ -51,6 +52,43 @@ def test_topics_and_balance():
     assert set(topics["label"]) == {"business", "entertainment", "politics", "sport", "tech"}
     sizes = catalog.labelled("subjectivity").groupby("split")["label"].value_counts().unstack()
     assert (sizes["objective"] == sizes["subjective"]).all()
+
+
+@pytest.mark.parametrize(
+    ("task", "source"), [("reuters", "reuters"), ("newsgroups", "newsgroups"), ("newsgroups-topic", "newsgroups")]
+)
+def test_no_beginning_of_a_test_story_is_unlabelled(task, source):
+    table = catalog.labelled(task)
+    beginnings = {" ".join(document.text.split()[:80]) for document in catalog.unlabelled(source)}
+    assert not set(table[table["split"] == "test"]["text"]) & beginnings
+
+
+def test_a_headline_belongs_to_its_own_article_and_to_no_other():
+    openings = {}
+    for document in catalog.unlabelled("bbc"):
+        headline, *lines = document.text.split("\n")
+        openings.setdefault(headline, " ".join(" ".join(lines).split()))
+    table = catalog.labelled("headline-match")
+    table = table[table["split"] == "train"]
+    own = [openings[row.headline].startswith(row.opening) for row in table.itertuples()]
+    assert own == (table["label"] == "yes").tolist()
+    assert table["label"].value_counts(normalize=True).between(0.49, 0.51).all()
+
+
+def test_the_next_paragraph_is_the_one_that_the_label_names():
+    articles = {}
+    for document in catalog.unlabelled("bbc"):
+        paragraphs = [" ".join(line.split()) for line in document.text.split("\n")[1:] if line.strip()]
+        articles.setdefault(paragraphs[0], paragraphs)
+    table = catalog.labelled("next-paragraph")
+    assert table["label"].value_counts(normalize=True).between(0.24, 0.26).all()
+    found = 0
+    for row in table[table["split"] == "train"].itertuples():
+        [opening] = [text for text in articles if text.startswith(row.opening)][:1]
+        following = articles[opening][1]
+        follows = [following.startswith(getattr(row, letter)) for letter in "abcd"]
+        found += follows["ABCD".index(row.label)] and sum(follows) == 1
+    assert found / (table["split"] == "train").sum() > 0.99
 
 
 @pytest.mark.parametrize("read", [catalog.unlabelled, catalog.labelled])

@@ -55,3 +55,11 @@ def test_identity():
     update, gate = IdentityRegularizer()(gradient, torch.randn(2, 4))
     assert update is gradient and gate.tolist() == [1, 1]
     assert pytest.approx(0) == sum(p.numel() for p in IdentityRegularizer().parameters())
+
+
+def test_without_a_gate_nothing_of_the_raw_gradient_is_kept():
+    psi = Regularizer(16, gated=False)
+    gradient, embedding = torch.randn(3, 5, 16), torch.randn(3, 16)
+    update, gate = psi(gradient, embedding)
+    assert torch.equal(update, psi.transform(gradient)) and gate.tolist() == [0, 0, 0]
+    assert not any("gate" in name for name, _ in psi.named_parameters())

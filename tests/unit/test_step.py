@@ -9,8 +9,9 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.prompted import Rows, encode_prompted
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
-from supmer_ray.tasks.batch import Examples, TaskBatch
+from supmer_ray.tasks.batch import Examples, TaskBatch, collate
 
 VOCABULARY, WIDTH, PROMPT = 60, 16, 3
 SENTINEL, CLOSING = 58, 59
@@ -182,6 +183,14 @@ def test_without_psi_the_raw_gradient_is_applied(backbone):
     assert found.tasks["gate"].tolist() == [1, 1, 1]
 
 
+def test_without_a_gate_the_transform_still_learns(backbone):
+    torch.manual_seed(4)
+    psi = Regularizer(WIDTH, rank=5, gated=False).double()
+    found = MetaStep(backbone, psi)(make_prompt(), RATES, make_batch(), np.ones(18))
+    assert found.tasks["gate"].tolist() == [0, 0, 0]
+    assert len(found.regularizer) == 6 and all(bool(gradient.abs().sum() > 0) for gradient in found.regularizer)
+
+
 def test_validation_losses_are_the_unmixed_query_losses(backbone, regularizer):
     step, prompt, batch = MetaStep(backbone, regularizer, token_budget=60), make_prompt(), make_batch()
     losses, right = step.losses(prompt, RATES, batch)
@@ -189,3 +198,27 @@ def test_validation_losses_are_the_unmixed_query_losses(backbone, regularizer):
     torch.testing.assert_close(losses, trained, rtol=1e-7, atol=1e-10)
     assert ((right >= 0) & (right <= 1)).all()
     assert float(right.sum() * 6) == pytest.approx(round(float(right.sum() * 6)))
+
+
+def test_without_inner_steps_the_prompt_learns_from_its_queries_alone(backbone, regularizer):
+    """Pre-training without meta-learning: ∇_θ of the query loss at θ, whatever the support sets hold."""
+    batch, prompt = make_batch(), make_prompt()
+    step, alone = MetaStep(backbone, regularizer), np.ones(18)
+    found = step(prompt, torch.zeros(0, dtype=torch.float64), batch, alone)
+    # The same examples as support sets, without the closing word: their gradient at θ, once for each task.
+    support = replace(batch.query, labels=batch.query.labels[:, :2])
+    inner = step(prompt, RATES, replace(batch, support=support), alone)
+    torch.testing.assert_close(found.prompt, inner.support_gradient.sum(dim=0), rtol=1e-8, atol=1e-12)
+    assert all(not gradient.any() for gradient in found.regularizer)
+    assert set(found.seconds()) == {"support", "query"}
+
+
+def test_queries_and_partners_encoded_together_insert_their_own_vectors(backbone):
+    batch = make_batch(vectors=True)
+    prompts = make_prompt().expand(3, -1, -1)
+    index = np.arange(len(batch.query))
+    widths = np.maximum(batch.query.lengths, batch.partner.lengths)
+    rows, partner = (collate(part, index, pad=0, start=0, widths=widths) for part in (batch.query, batch.partner))
+    together, _ = encode_prompted(backbone, prompts, Rows.concat(rows, partner))
+    apart = [encode_prompted(backbone, prompts, part)[0] for part in (rows, partner)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-9, atol=1e-12)

@@ -260,13 +260,17 @@ def test_collation_pads_and_loses_nothing(pairs, random):
     examples = Examples.of(inputs, labels, np.ones((3, 4)))
     order = np.array(random.sample(range(len(inputs)), len(inputs)))
     rows = collate(examples, order, pad=7, start=9)
-    for at, number in enumerate(order):
-        real = rows.attention_mask[at].bool()
-        assert rows.input_ids[at][real].tolist() == inputs[number]
-        assert set(rows.input_ids[at][~real].tolist()) <= {7}
+    assert rows.layout.widths == rows.layout.keys == tuple(len(inputs[number]) for number in order)
+    widths = examples.lengths[order] + np.array([random.randint(0, 5) for _ in order])
+    wide = collate(examples, order, pad=7, start=9, widths=widths)
+    assert wide.layout.widths == tuple(widths) and wide.layout.keys == rows.layout.keys
+    parts = zip(rows.input_ids.split(rows.layout.widths), wide.input_ids.split(wide.layout.widths), strict=True)
+    for at, (own, padded) in enumerate(parts):
+        number = order[at]
+        assert own.tolist() == inputs[number]
+        assert padded.tolist() == inputs[number] + [7] * (len(padded) - len(own))
         assert rows.labels[at].tolist() == labels[number]
         assert rows.decoder_input_ids[at].tolist() == [9, *labels[number][:-1]]
-    assert rows.input_ids.shape[1] == max(map(len, inputs))
 
 
 def test_a_batch_comes_back_from_arrow(store):

@@ -1,0 +1,160 @@
+"""`python -m supmer_ray.benchmark`: the speed of the meta-step on this machine, printed and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from supmer_ray.benchmark.step import StepSettings, measure_step
+from supmer_ray.benchmark.workload import SIZES, Lengths
+from supmer_ray.errors import UserError
+from supmer_ray.files import write_json
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    try:
+        report = _measure(options)
+    except UserError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.out, report)
+        print(f"\nJSON: {options.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m supmer_ray.benchmark", description=__doc__)
+    parser.add_argument("--size", nargs="+", default=["mini"], choices=SIZES, help="models with random weights")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[60, 150, 390], help="tokens of every example")
+    parser.add_argument("--spread", action="store_true", help="lengths spread around those means instead")
+    parser.add_argument("--store", type=Path, help="a prepared store: its real lengths, and what --data builds from")
+    parser.add_argument("--prompt", type=int, default=100, help="rows of the prompt")
+    parser.add_argument("--tasks", type=int, default=4, help="meta-tasks a step")
+    parser.add_argument("--support", type=int, default=16, help="support examples a task")
+    parser.add_argument("--query", type=int, default=16, help="query examples a task")
+    parser.add_argument("--max-length", type=int, default=412, help="what the baseline pads to")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch of our step")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), help="of our frozen weights")
+    parser.add_argument("--repeats", type=int, default=5, help="alternating rounds; the median counts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; unset: torch's choice")
+    parser.add_argument(
+        "--no-baseline", action="store_true", help="time our step alone (sizes the baseline cannot hold)"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
+    parser.add_argument("--data", action="store_true", help="measure the builder of meta-tasks on --store")
+    parser.add_argument("--scaling", action="store_true", help="measure one worker against two")
+    parser.add_argument("--fewshot", action="store_true", help="measure adapting many runs together")
+    parser.add_argument("--embed", action="store_true", help="measure embedding of --store's sentences")
+    parser.add_argument("--prepare", nargs="+", type=int, metavar="DOCUMENTS", help="measure preparing so much of bbc")
+    parser.add_argument("--out", type=Path, help="JSON file for everything measured")
+    return parser
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report: dict[str, Any] = {"machine": machine(options.device), "command": " ".join(sys.argv[1:])}
+    if options.data:
+        from supmer_ray.benchmark.data import measure_data
+
+        report["data"] = measure_data(_store(options), print)
+    if options.embed:
+        from supmer_ray.benchmark.data import measure_embedding
+
+        report["embedding"] = measure_embedding(_store(options), options.device, print)
+    if options.prepare:
+        from supmer_ray.benchmark.data import measure_prepare
+
+        report["prepare"] = measure_prepare(options.prepare, print)
+    if options.fewshot:
+        from supmer_ray.benchmark.fewshot import measure_fewshot
+
+        report["fewshot"] = measure_fewshot(options.device, options.repeats, print)
+    if options.scaling:
+        from supmer_ray.benchmark.scaling import measure_scaling
+
+        report["scaling"] = [measure_scaling(size, options, print) for size in options.size]
+    if not (options.data or options.fewshot or options.scaling or options.embed or options.prepare):
+        report["steps"] = _steps(options)
+    return report
+
+
+def _steps(options: argparse.Namespace) -> list[dict[str, Any]]:
+    precisions = options.precision or (["bfloat16"] if options.device.startswith("cuda") else ["float32", "bfloat16"])
+    rows = []
+    for size in options.size:
+        settings = StepSettings(
+            size=size,
+            device=options.device,
+            prompt=options.prompt,
+            tasks=options.tasks,
+            support=options.support,
+            query=options.query,
+            max_length=options.max_length,
+            token_budget=options.tokens,
+            precisions=tuple(precisions),
+            repeats=options.repeats,
+            baseline=not options.no_baseline,
+            checkpointing=options.checkpointing,
+        )
+        if options.store:
+            chosen = [Lengths.of_store(options.store, options.max_length)]
+        elif options.spread:
+            chosen = [Lengths.spread(length, options.max_length) for length in options.lengths]
+        else:
+            chosen = [Lengths.fixed(length) for length in options.lengths]
+        rows += [measure_step(settings, lengths, lambda line: print(line, file=sys.stderr)) for lengths in chosen]
+    _print_steps(rows)
+    return rows
+
+
+def _print_steps(rows: list[dict[str, Any]]) -> None:
+    print(f"{'size':9} {'length':>9} {'step':>9} {'median s':>9} {'× base':>7} {'tasks/s':>8} {'tokens/s':>9} "
+          f"{'GFLOP/s':>8} {'of peak':>8} {'MiB':>6} {'Δ grad':>8}")  # fmt: skip
+    for row in rows:
+        for name, one in row["variants"].items():
+            speedup = f"{one['speedup']:.2f}" if one["speedup"] else "–"
+            print(
+                f"{row['size']:9} {row['lengths']:>9} {name:>9} {one['seconds']:9.3f} {speedup:>7} "
+                f"{one['tasks_per_second']:8.2f} {one['tokens_per_second']:9,.0f} "
+                f"{one['model_flops_per_second'] / 1e9:8.0f} {one['peak_fraction']:8.0%} "
+                f"{one['peak_memory_bytes'] / 2**20:6.0f} {one['gradient_difference']:8.1e}"
+            )
+
+
+def _store(options: argparse.Namespace) -> Path:
+    if not options.store:
+        raise UserError("This measurement needs a prepared store; name one with --store.")
+    return options.store
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        name = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), name
+        )
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What feeding the step costs: building meta-tasks, embedding sentences, and how long training waits."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig, build
+from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
+from supmer_ray.data.store import Store
+from supmer_ray.model.backbone import load_backbone
+from supmer_ray.model.packed import Layout
+from supmer_ray.tasks.builder import TaskBuilder
+from supmer_ray.tasks.formats import Formats
+
+STEPS = 100
+
+RUN = {
+    "prompt": {"length": 10},
+    "tasks": {"tasks_per_step": 2, "support": 8, "query": 8, "max_length": 160, "candidate_length": 32},
+    "meta": {"steps": 20, "inner_rate": 0.1},
+    "schedule": {"validate_every": 20, "validation_tasks": 1, "checkpoint_every": 20},
+}
+"""The quickstart's step, for the share of it that waits for data."""
+
+
+def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Meta-tasks a second that one core builds and packs into Arrow, and the share of a real run that waits."""
+    from supmer_ray.cluster import connect
+    from supmer_ray.train import train
+
+    torch.set_num_threads(1)
+    store = Store.open(path)
+    backbone = load_backbone(store.manifest.backbone.name)
+    config = TasksConfig(max_length=400 if backbone.max_positions else 412)
+    formats = Formats.of(backbone, config.max_length, config.anchor_length, config.candidate_length)
+    builder = TaskBuilder(store, formats, config, seed=0)
+    for step in range(5):
+        builder.shard(step, 0, 1).to_arrow()
+    rates = []
+    for round_ in range(5):
+        started = time.process_time()
+        for step in range(round_ * STEPS, (round_ + 1) * STEPS):
+            builder.shard(step, 0, 1).to_arrow()
+        rates.append(STEPS * config.tasks_per_step / (time.process_time() - started))
+    say(f"builder: {median(rates):,.0f} meta-tasks a second for each core ({min(rates):,.0f} to {max(rates):,.0f})")
+    with tempfile.TemporaryDirectory() as folder:
+        connecting = time.perf_counter()
+        connect()
+        began = time.perf_counter()
+        seen: dict[str, float] = {}
+
+        def note(row: dict[str, Any]) -> None:
+            seen.setdefault(row["kind"], time.perf_counter())
+
+        result = train(
+            build(RunConfig, RUN, "the benchmark"),
+            path,
+            Path(folder) / "run",
+            progress=note,
+        )
+        rows = [json.loads(line) for line in result.metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    waited, worked = (sum(row[name] for row in steps) for name in ("data_wait_seconds", "step_seconds"))
+    later = steps[1:]  # the first step waits for the builders to start
+    waited_later = sum(row["data_wait_seconds"] for row in later)
+    fraction = waited_later / (waited_later + sum(row["step_seconds"] for row in later))
+    say(f"training: {fraction:.2%} of the time after the first step waits for data ({waited:.2f} s in all)")
+    start = {
+        "cluster": began - connecting,
+        "workers, backbone and first validation": seen["validation"] - began,
+        "first step": seen["step"] - seen["validation"],
+    }
+    say("from the command to the first step: " + ", ".join(f"{name} {value:.1f} s" for name, value in start.items()))
+    return {
+        "store": path.name,
+        "start_seconds": start,
+        "tasks_per_second_per_core": median(rates),
+        "data_wait_fraction": fraction,
+        "data_wait_fraction_with_start": waited / (waited + worked),
+    }
+
+
+def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Seconds and peak memory of preparing so many BBC articles, one after the other on one cluster.
+
+    Memory is what this process and its cluster hold, shared pages counted once.
+    """
+    from supmer_ray.cluster import connect
+    from supmer_ray.data.prepare import prepare
+
+    connect()
+    rows = []
+    for documents in sizes:
+        config = PrepareConfig(sources=("bbc",), domains=24, max_documents=documents)
+        with tempfile.TemporaryDirectory() as folder, _tree_memory() as peak:
+            started = time.perf_counter()
+            store = prepare(config, Path(folder) / "store")
+            seconds = time.perf_counter() - started
+        tokens = store.manifest.tokens
+        rows.append({"documents": documents, "tokens": tokens, "seconds": seconds, "peak_bytes": peak[0]})
+        say(
+            f"prepare: {documents:,} documents, {tokens:,} tokens in {seconds:.1f} s, "
+            f"{peak[0] / 2**20:,.0f} MiB in all processes"
+        )
+    return rows
+
+
+@contextmanager
+def _tree_memory() -> Iterator[list[int]]:
+    """Most bytes that this process and all below it held at once, shared pages counted once."""
+    import psutil
+
+    found, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            found[0] = max(found[0], total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+def measure_embedding(path: Path, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Tokens embedded a second as `prepare` does it, beside a bare forward of equal tokens, alternating."""
+    store = Store.open(path)
+    backbone = load_backbone(store.manifest.backbone.name, device=device)
+    rows = range(min(len(store), 600))
+    starts = np.array([store.document_rows(row)[0] == row for row in rows])
+    inputs = [frame(backbone, store.tokens(row)) for row in rows]
+    pairs = [row for row in rows[:-1] if not starts[row + 1]]
+    inputs += [frame(backbone, store.tokens(row), store.tokens(row + 1)) for row in pairs]
+    tokens = sum(map(len, inputs))
+    budget = TOKENS_PER_BATCH[torch.device(device).type]
+    mean = tokens // len(inputs)
+    bare_layout = Layout((mean,) * (budget // mean), (mean,) * (budget // mean))
+    bare_input = torch.zeros(bare_layout.positions, backbone.d_model, device=device)
+    times: dict[str, list[float]] = {"embedding": [], "bare": []}
+    for _ in range(3):
+        started = time.perf_counter()
+        mean_pooled(backbone, inputs, budget)
+        times["embedding"].append((time.perf_counter() - started) / tokens)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(max(1, tokens // bare_layout.positions)):
+                backbone.encode(bare_input, bare_layout)
+        done = max(1, tokens // bare_layout.positions) * bare_layout.positions
+        times["bare"].append((time.perf_counter() - started) / done)
+    ratio = median(bare / own for bare, own in zip(times["bare"], times["embedding"], strict=True))
+    rate = 1 / median(times["embedding"])
+    say(f"embedding: {rate:,.0f} tokens a second, {ratio:.0%} of the bare forward pass")
+    return {"tokens_per_second": rate, "share_of_bare_forward": ratio, "tokens": tokens, "items": len(inputs)}

@@ -1,0 +1,210 @@
+"""The meta-step beside the sequential baseline, alternating in one run, with the device's own peak measured between."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from supmer_ray.benchmark.baseline import SequentialStep
+from supmer_ray.benchmark.workload import Lengths, random_backbone, step_flops, task_batch
+from supmer_ray.meta.step import MetaGradients, MetaStep
+from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.regularizer import Regularizer
+
+MATRIX = {"cpu": 2048, "cuda": 8192}
+"""Side of the square matrices whose product measures what the device can do."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """One measurement.
+
+    Attributes:
+        max_length: what the baseline pads to.
+        precisions: of the frozen weights in our step; the baseline is float32.
+        repeats: rounds; each times the peak, the baseline and ours once.
+    """
+
+    size: str
+    device: str
+    prompt: int = 100
+    tasks: int = 4
+    support: int = 16
+    query: int = 16
+    max_length: int = 412
+    token_budget: int = 4096
+    precisions: tuple[str, ...] = ("float32",)
+    repeats: int = 5
+    baseline: bool = True
+    checkpointing: bool = False
+
+
+@dataclass
+class Series:
+    """Seconds of each round, and the most memory above the start that any round took."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], None]) -> dict[str, Any]:
+    """Medians, ratio to the baseline, rates, memory, and how far the gradients differ.
+
+    Args:
+        say: called with a line after each round.
+    """
+    device = torch.device(settings.device)
+    batch, mixing = task_batch(settings.tasks, settings.support, settings.query, lengths, seed=0)
+    flops = step_flops(settings.size, batch, settings.prompt)
+    tokens = sum(int((e.lengths + settings.prompt).sum()) for e in (batch.support, batch.query, batch.partner))
+    variants: dict[str, Callable[[], Any]] = {}
+    plain = random_backbone(settings.size, device, torch.float32)
+    torch.manual_seed(1)
+    regularizer = Regularizer(plain.d_model).to(device)
+    prompt = plain.random_rows(settings.prompt, 5000, torch.Generator().manual_seed(0))
+    rates = torch.full((1,), 0.1, device=device)
+    if settings.baseline:
+        sequential = SequentialStep(plain, regularizer, settings.max_length)
+        variants["baseline"] = lambda: sequential(prompt, 0.1, batch, mixing)[0]
+    for precision in settings.precisions:
+        dtype = getattr(torch, precision)
+        own = random_backbone(settings.size, device, dtype)
+        own.forward.checkpointing = settings.checkpointing  # type: ignore[attr-defined]
+        step = MetaStep(own, regularizer, token_budget=settings.token_budget)
+        variants[precision] = _summed(step, prompt, rates, batch, mixing)
+
+    gradients = {name: run().float() for name, run in variants.items()}  # and the warm-up
+    # Half precision is held against float32 arithmetic on the same weights: what they lost in rounding is the model's.
+    references = {name: gradients.get("baseline", gradients[settings.precisions[0]]) for name in variants}
+    for name in settings.precisions:
+        if name == "bfloat16":
+            rounded = Backbone(random_backbone(settings.size, device, torch.bfloat16).model.float(), None, "rounded")
+            rounded.pad = plain.pad
+            step = MetaStep(rounded, regularizer, token_budget=settings.token_budget)
+            references[name] = step(prompt, rates, batch, mixing).prompt
+            del rounded, step
+    series = {name: Series() for name in variants}
+    peaks: list[float] = []
+    for round_ in range(settings.repeats):
+        peaks.append(matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16))
+        for name, run in variants.items():
+            with _memory(device) as memory:
+                series[name].seconds.append(_timed(run, device))
+            series[name].peak_bytes = max(series[name].peak_bytes, memory[0])
+        times = ", ".join(f"{name} {one.seconds[-1]:.2f} s" for name, one in series.items())
+        say(f"{settings.size}, length {lengths.name}, round {round_ + 1} of {settings.repeats}: {times}")
+    peak = median(peaks)
+    rows = {}
+    for name, one in series.items():
+        seconds = median(one.seconds)
+        rows[name] = {
+            "seconds": seconds,
+            "speedup": median(series["baseline"].seconds) / seconds if settings.baseline else None,
+            "tokens_per_second": tokens / seconds,
+            "tasks_per_second": settings.tasks / seconds,
+            "model_flops_per_second": flops / seconds,
+            "peak_fraction": flops / seconds / peak,
+            "peak_memory_bytes": one.peak_bytes,
+            "gradient_difference": _difference(gradients[name], references[name]),
+        }
+    return {
+        "size": settings.size,
+        "lengths": lengths.name,
+        "mean_length": float(np.mean([e.lengths.mean() for e in (batch.support, batch.query, batch.partner)])),
+        "model_flops": flops,
+        "tokens": tokens,
+        "matrix_flops_per_second": peak,
+        "saved_bytes_per_token": _saved_bytes(settings, lengths, device),
+        "variants": rows,
+    }
+
+
+def _difference(found: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((found - reference).norm() / reference.norm())
+
+
+def _summed(step: MetaStep, *arguments: Any) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        found: MetaGradients = step(*arguments)
+        return found.prompt
+
+    return run
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product: the best of five."""
+    side = MATRIX[device.type]
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return max(2 * side**3 / _timed(lambda: a @ a, device) for _ in range(5))
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _memory(device: torch.device) -> Any:
+    """Most bytes held during the block: allocated on a GPU; resident above the start on a CPU, looked at often."""
+    found = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found[0] = torch.cuda.max_memory_allocated()
+        return
+    gc.collect()
+    before, done = _resident(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            found[0] = max(found[0], _resident() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _saved_bytes(settings: StepSettings, lengths: Lengths, device: torch.device) -> float:
+    """Bytes a token that the encoder keeps for its backward, counted as autograd stores them."""
+    from supmer_ray.model.prompted import encode_prompted
+    from supmer_ray.tasks.batch import collate
+
+    backbone = random_backbone(settings.size, device, getattr(torch, settings.precisions[0]))
+    backbone.forward.checkpointing = settings.checkpointing  # type: ignore[attr-defined]
+    batch, _ = task_batch(1, 2, 1, lengths, seed=0)
+    rows = collate(batch.support, np.arange(2), pad=backbone.pad, start=backbone.start, device=device)
+    prompt = torch.zeros(1, settings.prompt, backbone.d_model, device=device, requires_grad=True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _, layout = encode_prompted(backbone, prompt, rows)
+    return sum(kept.values()) / layout.positions

@@ -1,0 +1,226 @@
+"""Examples of different lengths side by side without padding, and attention within each of them.
+
+Positions of all examples stand one after the other in one (N, …) tensor, so that everything but
+attention works on real positions only. Attention runs over groups of examples of equal shape, with a
+position bias that all of them share and no mask at all; on a GPU, where a group for each length would
+be too many kernels, a micro-batch is one padded group whose mask travels inside the head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+MASKED_SCORE = -30_000.0
+"""What a padded key adds to every score: it is nothing after the softmax, and within reach of bfloat16 and float16."""
+
+ALIGNMENT = 8
+"""Fused GPU kernels want head dimensions and widths that are multiples of this."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each of B examples stands among the packed positions.
+
+    Attributes:
+        widths: positions of each example, N in all.
+        keys: how many of them, from the first on, others may attend to; the rest is padding, which is
+            encoded (a mixed query may need it) but never read within its own example.
+    """
+
+    widths: tuple[int, ...]
+    keys: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    @property
+    def positions(self) -> int:
+        return sum(self.widths)
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """(examples, width, keys) of each run of examples of equal shape."""
+        return [(len(list(run)), *shape) for shape, run in groupby(zip(self.widths, self.keys, strict=True))]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(N,) the place of each position within its example."""
+        return torch.cat([torch.arange(width) for width in self.widths])
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether examples of one width have different numbers of keys: they need a mask to stand in one group."""
+        return len(set(self.widths)) == 1 and len(set(self.keys)) > 1
+
+    def behind(self, rows: int) -> Layout:
+        """The layout with `rows` more positions before each example: its soft prompt."""
+        return Layout(tuple(w + rows for w in self.widths), tuple(k + rows for k in self.keys))
+
+    def examples(self, device: torch.device) -> Tensor:
+        """(N,) which example each position belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.widths)).to(device)
+
+    def real(self, device: torch.device) -> Tensor:
+        """(N,) whether each position is no padding."""
+        keys = torch.repeat_interleave(torch.tensor(self.keys), torch.tensor(self.widths))
+        return (self.places < keys).to(device)
+
+    def rectangle(self, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Packed (N, d) → (B, longest, d), and a mask (B, longest) of the positions, None where all are.
+
+        Padding that was encoded counts as a position here.
+        """
+        longest = max(self.widths)
+        if min(self.widths) == longest:
+            return packed.view(len(self), longest, -1), None
+        rectangle = pad_sequence(list(packed.split(self.widths)), batch_first=True)
+        held = torch.arange(longest) < torch.tensor(self.widths)[:, None]
+        return rectangle, held.to(packed.device)
+
+
+def half_on_cpu(tensor: Tensor) -> bool:
+    """Whether it is bfloat16 on a CPU, where products are fast in half precision and nothing else is."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+
+
+def decoding_modules(*modules: torch.nn.Module) -> list[Any]:
+    """The decoder and its head as they should compute: copies in float32 where they are bfloat16 on a CPU.
+
+    They see a few positions only, so single precision costs little there; and of logits near 20, eight bits would leave
+    steps of a tenth.
+    """
+    if not half_on_cpu(next(modules[-1].parameters())):
+        return list(modules)
+    return list(copy.deepcopy(torch.nn.ModuleList(modules)).float())
+
+
+def attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of each example to its own keys.
+
+    Args:
+        qkv: (N, 3 · heads · width) queries, keys and values side by side.
+        bias: (1, heads, L, L), L at least the longest example: what is added to the scores; float32 where
+            `half_on_cpu(qkv)`.
+
+    Returns:
+        (N, heads · width).
+    """
+    inner = qkv.shape[1] // 3
+    if layout.padded:
+        return _padded_attention(qkv, layout, heads, bias=bias, scale=scale)
+    found = []
+    sizes = [count * width for count, width, _ in layout.groups]
+    for part, (count, width, keys) in zip(qkv.split(sizes), layout.groups, strict=True):
+        q, k, v = part.view(count, width, 3, heads, inner // heads).permute(2, 0, 3, 1, 4)
+        k, v = k[:, :, :keys], v[:, :, :keys]
+        own = None if bias is None else bias[:, :, :width, :keys]
+        if half_on_cpu(qkv):
+            o = _HalfAttention.apply(q, k, v, own, scale)
+        else:
+            o = scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scale)
+        found.append(o.transpose(1, 2).reshape(count * width, inner))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _padded_attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, scale: float) -> Tensor:
+    """One group for all: a further feature, 1 in each query and very negative in each padded key, is the mask.
+
+    A mask beside a bias would have to be held for every example and head.
+    """
+    count, width, inner = len(layout), layout.widths[0], qkv.shape[1] // 3
+    q, k, v = qkv.view(count, width, 3, heads, inner // heads).permute(2, 0, 3, 1, 4)
+    absent = torch.arange(width) >= torch.tensor(layout.keys)[:, None]
+    feature = (absent * (MASKED_SCORE / scale)).to(qkv)[:, None, :, None].expand(-1, heads, -1, 1)
+    nothing = qkv.new_zeros(()).expand(count, heads, width, ALIGNMENT - 1)
+    q = torch.cat([q, qkv.new_ones(()).expand(count, heads, width, 1), nothing], dim=-1)
+    k = torch.cat([k, feature, nothing], dim=-1)
+    own = None if bias is None else bias[:, :, :width, :width]
+    o = scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scale)
+    return o.transpose(1, 2).reshape(count * width, inner)
+
+
+class _HalfAttention(torch.autograd.Function):
+    """Attention in bfloat16 on a CPU, example by example, so that the scores of one stay in the cache.
+
+    Scores and their softmax are float32, which eight bits would spoil; every other product is bfloat16. Torch's fused
+    kernel is slower there, above all backwards. Once differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        out = q.new_empty(q.shape)
+        weights = []
+        for at in range(len(q)):
+            across = k[at].float().transpose(1, 2)
+            if bias is None:
+                scores = torch.bmm(q[at].float() * scale, across)
+            else:
+                scores = torch.baddbmm(bias[0], q[at].float(), across, alpha=scale)
+            weights.append(torch.softmax(scores, dim=-1).to(q.dtype))
+            torch.bmm(weights[-1], v[at], out=out[at])
+        ctx.save_for_backward(q, k, v, out, *weights)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *weights = ctx.saved_tensors
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        along = (gradient * out).sum(dim=-1, keepdim=True)
+        for at, own in enumerate(weights):
+            torch.bmm(own.transpose(1, 2), gradient[at], out=dv[at])
+            scores = torch.bmm(gradient[at], v[at].transpose(1, 2)).sub_(along[at]).mul_(own)
+            torch.bmm(scores, k[at], out=dq[at])
+            torch.bmm(scores.transpose(1, 2), q[at], out=dk[at])
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None
+
+
+def pooled_cross_attention(
+    queries: Tensor, states: Tensor, held: Tensor | None, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Attention of a few decoder positions to encoder states whose keys and values are never made.
+
+    q·(K h) = (Kᵀq)·h and Σ a (V h) = V (Σ a h): with T decoder positions and H heads, the states are read T·H
+    times, which is far less work than projecting each of them while T is below the head width.
+
+    Args:
+        queries: (B, T, H, w).
+        states: (B, L, d).
+        held: (B, L) which states count; None: all.
+        key, value: (H, w, d) projections of each head.
+
+    Returns:
+        (B, T, H · w), before any value bias.
+    """
+    count, steps, heads, width = queries.shape
+    queries, key, value = queries.to(states.dtype), key.to(states.dtype), value.to(states.dtype)
+    carried = torch.einsum("bthw,hwd->bthd", queries, key).reshape(count, steps * heads, -1)
+    scores = torch.bmm(carried, states.transpose(1, 2)) * scale
+    if held is not None:
+        scores = scores.masked_fill(~held[:, None], -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    pooled = torch.bmm(weights.to(states.dtype), states).view(count, steps, heads, -1)
+    return torch.einsum("bthd,hwd->bthw", pooled, value).reshape(count, steps, heads * width)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ b), in the precision of the weight."""
+    return linear(x.to(weight.dtype), weight, bias)
+
+
+def add_product(x: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
+    """x + inner Wᵀ: the product in the precision of the weight, the sum in that of x."""
+    if x.dtype == weight.dtype:
+        return torch.addmm(x, inner.to(weight.dtype), weight.t())
+    return x + product(inner, weight)

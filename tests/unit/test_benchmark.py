@@ -1,0 +1,46 @@
+"""The benchmark runs, agrees with its own baseline, and needs no Ray."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from supmer_ray.benchmark.workload import SIZES, Lengths, step_flops, task_batch
+
+SMALL = ["--prompt", "4", "--tasks", "1", "--support", "4", "--query", "4", "--max-length", "24", "--repeats", "1"]
+
+
+def test_the_step_is_timed_beside_the_baseline_without_ray(tmp_path):
+    out = tmp_path / "speed.json"
+    code = (
+        "import sys, runpy; sys.modules['ray'] = None; "
+        f"sys.argv = ['benchmark', *{[*SMALL, '--size', 'mini', '--lengths', '20', '--spread', '--out', str(out)]!r}]; "
+        "runpy.run_module('supmer_ray.benchmark', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(out.read_text())["steps"]
+    assert row["variants"].keys() == {"baseline", "float32", "bfloat16"}
+    assert row["variants"]["float32"]["gradient_difference"] < 1e-4
+    assert row["variants"]["bfloat16"]["gradient_difference"] < 3e-2
+    assert "float32" in done.stdout
+
+
+def test_operations_are_counted_as_a_layer_is_made():
+    """Two lengths differ by the cost of their tokens: products linear in them, attention quadratic."""
+    flops = [
+        step_flops("mini", task_batch(2, 4, 4, Lengths.fixed(length), seed=0)[0], prompt=0) for length in (10, 20, 40)
+    ]
+    shape = SIZES["mini"]
+    inner = shape["d_kv"] * shape["num_heads"]
+    attention = 3 * 4 * inner * shape["num_layers"] * 24  # of 24 examples, a squared token
+    # f(40) − 3 f(20) + 2 f(10) leaves the quadratic part alone: 1600 − 1200 + 200.
+    assert flops[2] - 3 * flops[1] + 2 * flops[0] == pytest.approx(600 * attention)
+
+
+def test_lengths_of_text_are_spread_around_their_mean():
+    pool = Lengths.spread(60, 412).pool
+    assert abs(pool.mean() - 60) < 3 and pool.std() > 20 and pool.max() <= 412
+    assert np.array_equal(pool, Lengths.spread(60, 412).pool)

@@ -1,0 +1,122 @@
+"""The packed forwards give the library's numbers: states, logits and gradients, in every layout and precision."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, T5Config
+from transformers import T5ForConditionalGeneration as T5
+
+from supmer_ray.model.backbone import forward_of
+from supmer_ray.model.bert import BertForward
+from supmer_ray.model.library import LibraryForward
+from supmer_ray.model.packed import Layout, attention
+from supmer_ray.model.t5 import T5Forward, _RootMeanSquare
+
+D = 64
+
+
+def t5(**settings):
+    shape = {"vocab_size": 150, "d_model": D, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 4}
+    return T5(T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0, **settings))
+
+
+def bert():
+    shape = {"vocab_size": 150, "hidden_size": D, "num_attention_heads": 4, "intermediate_size": 96}
+    encoder = BertModel(BertConfig(**shape, num_hidden_layers=3, max_position_embeddings=64))
+    decoder = BertLMHeadModel(BertConfig(**shape, num_hidden_layers=2, is_decoder=True, add_cross_attention=True))
+    return EncoderDecoderModel(encoder=encoder, decoder=decoder)
+
+
+MODELS = {
+    "t5": t5,
+    "t5 v1.1": lambda: t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bert": bert,
+}
+
+LAYOUTS = {
+    "equal": Layout((9, 9, 9), (9, 9, 9)),
+    "different": Layout((17, 9, 9, 4), (17, 9, 9, 4)),
+    "with padding": Layout((17, 17, 9, 9), (17, 5, 9, 6)),
+    "one rectangle": Layout((16, 16, 16), (16, 3, 11)),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    return MODELS[name]().eval().requires_grad_(False)
+
+
+def run(forward, embeddings, layout):
+    """States, logits and the gradient of a loss that reads both, towards the embeddings."""
+    x = embeddings.clone().requires_grad_()
+    states = forward.encode(x, layout)
+    ids = torch.tensor([[0, 5, 7]]).expand(len(layout), 3)
+    logits = forward.decode(states, layout, ids)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = logits.log_softmax(-1)[..., 3].sum() + states.to(logits.dtype).square().mean()
+    (gradient,) = torch.autograd.grad(loss, x)
+    return states.detach(), logits.detach(), gradient
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_packed_is_the_library(name, layout):
+    model = make(name).double()
+    assert isinstance(forward_of(model), BertForward if name == "bert" else T5Forward)
+    embeddings = torch.randn(layout.positions, D, dtype=torch.float64)
+    expected = run(LibraryForward(copy.deepcopy(model)), embeddings, layout)
+    for found, wanted in zip(run(forward_of(model), embeddings, layout), expected, strict=True):
+        assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_within_1e_5_of_the_library(name):
+    model, layout = make(name), LAYOUTS["with padding"]
+    embeddings = torch.randn(layout.positions, D)
+    expected = run(LibraryForward(copy.deepcopy(model).double()), embeddings.double(), layout)
+    for found, wanted in zip(run(forward_of(model), embeddings, layout), expected, strict=True):
+        assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_close_to_float32_on_the_same_weights(name):
+    """What rounding the factors of products to eight bits costs: more in the gradient, where it flips relus too."""
+    model, layout = make(name).bfloat16(), LAYOUTS["different"]
+    embeddings = torch.randn(layout.positions, D)
+    expected = run(LibraryForward(copy.deepcopy(model).float()), embeddings, layout)
+    found = run(forward_of(model), embeddings, layout)
+    assert found[0].dtype == torch.float32
+    for own, wanted, allowed in zip(found, expected, (1e-2, 1e-2, 5e-2), strict=True):
+        assert (own - wanted).norm() / wanted.norm() < allowed
+
+
+def test_activations_computed_again_give_the_same_gradient():
+    model, layout = make("t5"), LAYOUTS["different"]
+    embeddings = torch.randn(layout.positions, D)
+    forward = T5Forward(model)
+    *_, expected = run(forward, embeddings, layout)
+    forward.checkpointing = True
+    *_, found = run(forward, embeddings, layout)
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_one_padded_group_is_every_example_alone():
+    """What a GPU computes, a mask within the head dimension, against exact lengths."""
+    torch.manual_seed(0)
+    layout, heads, width = Layout((16, 16, 16), (16, 3, 11)), 4, 8
+    assert layout.padded
+    qkv = torch.randn(layout.positions, 3 * heads * width)
+    bias = torch.randn(1, heads, 32, 32)
+    together = attention(qkv, layout, heads, bias=bias, scale=0.5)
+    for number, (own, keys) in enumerate(zip(qkv.split(16), layout.keys, strict=True)):
+        alone = attention(own, Layout((16,), (keys,)), heads, bias=bias, scale=0.5)
+        assert_close(together[16 * number : 16 * (number + 1)], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_norm_has_a_second_derivative():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: _RootMeanSquare.apply(x, weight, 1e-6), x)
+    assert torch.autograd.gradgradcheck(lambda x: _RootMeanSquare.apply(x, weight, 1e-6), x)
