@@ -25,7 +25,7 @@ from supmer_ray.model.prompted import (
     micro_batches,
     prompt_gradients,
 )
-from supmer_ray.tasks.batch import Examples, collate
+from supmer_ray.tasks.batch import Examples, collate, to_device
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("adapt" or "test"), how much of it is done, and of how much."""
@@ -114,7 +114,7 @@ def adapt(
     prompts = nn.Parameter(torch.stack([run.prompt for run in runs]).to(backbone.device))  # (runs, P, d)
     # AdamW works element by element, so one optimizer over the stack is exactly one for each run.
     optimizer = torch.optim.AdamW([prompts], lr=config.rate, weight_decay=config.weight_decay)
-    pool, batches = _Pool([run.train.examples for run in runs]), [_batches(run, config.batch) for run in runs]
+    pool, batches = _Pool([run.train.examples for run in runs]), [training_batches(run, config.batch) for run in runs]
     tokens = [run.verbalizer_ids for run in runs]
     history: list[list[Evaluation]] = [[] for _ in runs]
     best: list[Evaluation] = []
@@ -126,7 +126,7 @@ def adapt(
             backbone, prompts.detach(), [run.dev.examples for run in runs], tokens, token_budget=token_budget
         )
         for number, (run, probabilities) in enumerate(zip(runs, scores, strict=True)):
-            evaluation = Evaluation(step, *_accuracy_and_loss(probabilities, run.dev.answers))
+            evaluation = Evaluation(step, *accuracy_and_loss(probabilities, run.dev.answers))
             history[number].append(evaluation)
             if step == 0:
                 best.append(evaluation)
@@ -229,14 +229,14 @@ class _Pool:
     def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray) -> Rows:
         """These rows of the pool as a padded micro-batch, each with its run's prompt."""
         batch = collate(self._examples, rows, pad=backbone.pad, start=backbone.start, device=backbone.device)
-        return replace(batch, task=torch.from_numpy(task.astype(np.int64)).to(backbone.device))
+        return replace(batch, task=to_device(task.astype(np.int64), backbone.device), owners=tuple(task.tolist()))
 
 
 def _widened(labels: np.ndarray, width: int) -> np.ndarray:
     return np.pad(labels, ((0, 0), (0, width - labels.shape[1])), constant_values=IGNORED)
 
 
-def _batches(run: AdaptRun, size: int) -> Iterator[np.ndarray]:
+def training_batches(run: AdaptRun, size: int) -> Iterator[np.ndarray]:
     """Numbers of training examples, batch after batch: every epoch a new order, cut without replacement."""
     generator = np.random.default_rng(run.seed)
     while True:
@@ -261,7 +261,8 @@ def _clipped(gradients: Tensor, limit: float) -> Tensor:
     return gradients * (limit / (norms + 1e-6)).clamp_max(1.0)[:, None, None]
 
 
-def _accuracy_and_loss(probabilities: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
+def accuracy_and_loss(probabilities: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
+    """Share of right answers, and the mean −log probability of the right label, of (n, labels) probabilities."""
     right = probabilities[np.arange(len(answers)), answers]
     accuracy = float((probabilities.argmax(axis=1) == answers).mean())
     return accuracy, float(-np.log(np.maximum(right, np.finfo(np.float64).tiny)).mean())
@@ -283,5 +284,5 @@ def _test_accuracies(
         progress=progress,
     )
     for (number, _, test), probabilities in zip(tested, scores, strict=True):
-        accuracies[number] = _accuracy_and_loss(probabilities, test.answers)[0]
+        accuracies[number] = accuracy_and_loss(probabilities, test.answers)[0]
     return accuracies

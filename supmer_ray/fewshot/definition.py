@@ -8,16 +8,15 @@ that stands for a label there (Schick and Schütze, 2021). A new task is a new Y
 from __future__ import annotations
 
 import string
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from supmer_ray.config import build, read_yaml
 from supmer_ray.errors import UserError, nearest
-from supmer_ray.fewshot.tables import read_table, require_columns
+from supmer_ray.fewshot import builtin
+from supmer_ray.fewshot.tables import read_headerless, read_table, read_tsv, require_columns
 
 MASK = "mask"
 """The name that stands for the answer's place in a pattern."""
@@ -49,17 +48,55 @@ class DatasetSplits(_Section):
     splits: SplitNames = SplitNames()
 
 
+class PublishedSplits(_Section):
+    """Train and test rows in files as a benchmark publishes them.
+
+    Attributes:
+        format: tsv has a header and no quoting (GLUE), jsonl one object a line (SuperGLUE), csv no header
+            (the single-sentence sets as LM-BFF packed them).
+        header: names of a csv's columns.
+        columns: the file's name of a column → the definition's, where they differ.
+        labels: the file's spelling of a label → the definition's, where they differ.
+    """
+
+    format: Literal["tsv", "jsonl", "csv"]
+    train: Path
+    test: Path
+    header: tuple[str, ...] = ()
+    columns: dict[str, str] = {}
+    labels: dict[str, str] = {}
+
+    def below(self, folder: Path) -> PublishedSplits:
+        """The same splits with paths that start at `folder`."""
+        return self.model_copy(
+            update={"train": (folder / self.train).resolve(), "test": (folder / self.test).resolve()}
+        )
+
+    def read(self, file: Path, label: str) -> pd.DataFrame:
+        """The rows of one of the files, in the definition's names and labels."""
+        if self.format == "tsv":
+            frame = read_tsv(file)
+        elif self.format == "csv":
+            frame = read_headerless(file, self.header)
+        else:
+            frame = read_table(file)
+        frame = frame.rename(columns=self.columns)
+        require_columns(frame, (label,), str(file))
+        return frame.assign(**{label: frame[label].map(lambda value: self.labels.get(str(value), value))})
+
+
 class DataSource(_Section):
-    """Where the rows come from: exactly one of the three."""
+    """Where the rows come from: exactly one of the four."""
 
     catalog: str | None = None
     files: FileSplits | None = None
     dataset: DatasetSplits | None = None
+    published: PublishedSplits | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:
-        if sum(source is not None for source in (self.catalog, self.files, self.dataset)) != 1:
-            raise ValueError("name exactly one of catalog, files and dataset")
+        if sum(source is not None for source in (self.catalog, self.files, self.dataset, self.published)) != 1:
+            raise ValueError("name exactly one of catalog, files, dataset and published")
         return self
 
 
@@ -67,6 +104,8 @@ class TaskDefinition(_Section):
     """A labelled task: what to read and how to ask the language model about it.
 
     Attributes:
+        published: where `data` is a hub's, the same rows in files, below a folder that the user names.
+        where: column → values; rows with another value there are left out.
         fields: the text columns that the patterns use.
         label: the column that holds the label; labels are read as text.
         patterns: each has the fields and one mask in braces, "{text} It was {mask} .".
@@ -76,6 +115,8 @@ class TaskDefinition(_Section):
     name: str = Field(min_length=1)
     description: str = ""
     data: DataSource
+    published: PublishedSplits | None = None
+    where: dict[str, tuple[str, ...]] = {}
     fields: tuple[str, ...] = Field(min_length=1)
     label: str = "label"
     patterns: tuple[str, ...] = Field(min_length=1)
@@ -119,6 +160,12 @@ class TaskDefinition(_Section):
                 raise ValueError(f"label '{label}' has an empty word; write one")
         return {str(label): str(word).strip() for label, word in verbalizers.items()}
 
+    def from_folder(self, folder: Path) -> TaskDefinition:
+        """The definition with the rows of its published files below `folder`, or itself if it has none."""
+        if self.published is None:
+            return self
+        return self.model_copy(update={"data": DataSource(published=self.published.below(folder))})
+
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels in the order of their numbers."""
@@ -138,6 +185,12 @@ class TaskDefinition(_Section):
         if self.data.files is not None:
             files = {"train": self.data.files.train, "test": self.data.files.test}
             return {split: (read_table(file), str(file)) for split, file in files.items()}
+        if self.data.published is not None:
+            own = self.data.published
+            return {
+                split: (own.read(file, self.label), str(file))
+                for split, file in (("train", own.train), ("test", own.test))
+            }
         if self.data.dataset is not None:
             return _read_dataset(self.data.dataset, self.label)
         from supmer_ray.data.catalog import labelled
@@ -150,8 +203,12 @@ class TaskDefinition(_Section):
         }
 
     def _checked(self, frame: pd.DataFrame, where: str) -> pd.DataFrame:
-        require_columns(frame, (*self.fields, self.label), where)
-        frame = frame[[*self.fields, self.label]]
+        require_columns(frame, (*self.fields, self.label, *self.where), where)
+        for column, values in self.where.items():
+            frame = frame[frame[column].map(str).isin(values)]
+        if frame.empty:
+            raise UserError(f"No row of {where} passes the 'where' of task '{self.name}'; mend its values.")
+        frame = frame.reset_index(drop=True)[[*self.fields, self.label]]
         missing = frame[self.label].isna()
         if missing.any():
             row = int(missing.to_numpy().argmax()) + 1
@@ -196,8 +253,7 @@ def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:
 
 def builtin_definitions() -> list[str]:
     """Names of the tasks that come with the package."""
-    folder = resources.files("supmer_ray.fewshot") / "definitions"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return builtin.names("definitions")
 
 
 def load_definition(task: str | Path) -> TaskDefinition:
@@ -206,27 +262,20 @@ def load_definition(task: str | Path) -> TaskDefinition:
     Raises:
         UserError: there is no such file or task, or a key or value of the YAML is wrong.
     """
-    file = Path(task)
-    if file.suffix.lower() not in (".yaml", ".yml") and not file.exists():
-        names = builtin_definitions()
-        if str(task) not in names:
-            raise UserError(
-                f"There is no task '{task}'; name a YAML file or a built-in task: {nearest(str(task), names)}"
-            )
-        with resources.as_file(resources.files("supmer_ray.fewshot") / "definitions" / f"{task}.yaml") as builtin:
-            return build(TaskDefinition, read_yaml(builtin), f"the built-in task '{task}'")
-    definition = build(TaskDefinition, read_yaml(file), str(file))
-    return _anchored(definition, file.parent)
+    definition = builtin.load(TaskDefinition, "definitions", task, "task")
+    file = builtin.own_file(task)
+    return _anchored(definition, file.parent) if file else definition
 
 
 def _anchored(definition: TaskDefinition, folder: Path) -> TaskDefinition:
     """The definition with its file paths made absolute, so that it means the same everywhere."""
-    if definition.data.files is None:
-        return definition
-    files = FileSplits(
-        train=(folder / definition.data.files.train).resolve(), test=(folder / definition.data.files.test).resolve()
-    )
-    return definition.model_copy(update={"data": DataSource(files=files)})
+    data = definition.data
+    if data.published is not None:
+        data = DataSource(published=data.published.below(folder))
+    elif data.files is not None:
+        train, test = ((folder / file).resolve() for file in (data.files.train, data.files.test))
+        data = DataSource(files=FileSplits(train=train, test=test))
+    return definition.model_copy(update={"data": data})
 
 
 def _read_dataset(source: DatasetSplits, label: str) -> dict[str, tuple[pd.DataFrame, str]]:

@@ -1,93 +1,270 @@
-"""Many few-shot runs side by side: every method on the same K-shot draws of every task and seed.
+"""One method on one task with all its data seeds: what a comparison is made of.
 
-Definitions, methods and seeds go in, one outcome for each combination comes out. All of them adapt
-together as one batch of per-example prompts. A step is chosen on the dev split, never on the test
-split, which is scored once, with the chosen prompt.
+A task's rows and a method go in, one outcome for each seed and test task comes out. Every method sees the
+same K-shot draws. A step is chosen on the dev split, never on the test split, which is scored once.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
 from supmer_ray.config import AdaptConfig
-from supmer_ray.errors import require_new_folder
-from supmer_ray.fewshot.adapt import AdaptResult, AdaptRun, Progress, adapt, vocabulary_prompt
+from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.fewshot.adapt import (
+    AdaptResult,
+    AdaptRun,
+    Evaluation,
+    Progress,
+    accuracy_and_loss,
+    adapt,
+    score,
+    vocabulary_prompt,
+)
 from supmer_ray.fewshot.adapted import Adapted, AdaptedRecord, save_adapted
 from supmer_ray.fewshot.definition import TaskDefinition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
-from supmer_ray.fewshot.sampling import draw
+from supmer_ray.fewshot.encoding import Split, TaskEncoder, input_limit
+from supmer_ray.fewshot.finetune import finetune
+from supmer_ray.fewshot.method import Method
+from supmer_ray.fewshot.probe import features, parameters, probe
+from supmer_ray.fewshot.sampling import FewShotDraw, draw, test_rows
 from supmer_ray.meta.state import Checkpoint
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer
 
-PROMPT_TUNING, SUPMER = "prompt-tuning", "supmer"
+Frames = Mapping[str, pd.DataFrame]
+"""What `TaskDefinition.read` gives: the rows of "train" and "test"."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class TaskRows:
+    """A task with its rows already read."""
+
+    definition: TaskDefinition
+    frames: Frames
+
+    @staticmethod
+    def of(definition: TaskDefinition) -> TaskRows:
+        return TaskRows(definition, definition.read())
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What one method reached on one task with one data seed."""
+    """What a method reached with one data seed, as a row of a results file.
+
+    Attributes:
+        train, test: the task that it was adapted on, and the one that it was tested on.
+        best_step: the step that the dev split chose.
+        seconds: wall time of this seed, its share of what ran together: learning, choosing and testing.
+        trained_parameters: how many numbers the K examples changed.
+    """
 
     method: str
-    task: str
+    train: str
+    test: str
     seed: int
-    result: AdaptResult
-
-    def row(self) -> dict[str, str | int | float | None]:
-        """The outcome as a row of a results file."""
-        return {
-            "method": self.method,
-            "task": self.task,
-            "seed": self.seed,
-            "dev_accuracy": self.result.best.accuracy,
-            "test_accuracy": self.result.test_accuracy,
-            "best_step": self.result.best.step,
-        }
+    shots: int
+    dev_accuracy: float
+    test_accuracy: float
+    best_step: int
+    seconds: float
+    trained_parameters: int
 
 
-def evaluate(
+def evaluate_method(
     backbone: Backbone,
-    definitions: Sequence[TaskDefinition],
-    methods: Mapping[str, Checkpoint | None],
+    method: Method,
+    source: TaskRows,
+    targets: Sequence[TaskRows],
     seeds: Sequence[int],
     config: AdaptConfig,
     *,
-    prompt_length: int,
+    checkpoint: Checkpoint | None = None,
+    prompt_length: int = 10,
+    pattern: int = 0,
     token_budget: int = 4096,
     progress: Progress | None = None,
 ) -> list[Outcome]:
-    """Adapt and test every method on every task with every seed.
+    """Adapt on `source` with every seed, and test on every target.
 
     Args:
-        methods: name → the checkpoint that a run starts from, or None for prompt tuning from
-            vocabulary rows with the raw gradient.
-        prompt_length: rows of the prompts of methods without a checkpoint; all methods must agree.
+        targets: tasks with the same labels in the same order; `source` itself for its own test split.
+        config: already with the method's changes.
+        checkpoint: where the prompt starts and which ψ regularizes its gradient; None: vocabulary rows
+            and the raw gradient.
+        prompt_length: rows of a prompt that starts from vocabulary rows.
+        pattern: number of the pattern; a task that has fewer uses its last.
 
     Raises:
-        UserError: data that does not fit a definition, or too few examples of a class.
+        UserError: rows that do not fit a definition, too few examples of a class, or other labels.
     """
-    identity = IdentityRegularizer()
-    runs: list[AdaptRun] = []
-    names: list[str] = []
-    for definition in definitions:
-        frames = definition.read()
-        limit = input_limit(backbone, prompt_length, config.max_length)
-        encoder = TaskEncoder(backbone, definition, max_length=limit)
-        test = None
-        for seed in seeds:
-            drawn = draw(definition, frames, config.shots, seed, config.max_test)
-            # The test split is the same for every seed and method, so it is encoded once.
-            test = test or encoder.split(drawn.test)
-            train, dev = encoder.split(drawn.train), encoder.split(drawn.dev)
-            for name, checkpoint in methods.items():
-                prompt = checkpoint.prompt.cpu() if checkpoint else vocabulary_prompt(backbone, prompt_length, seed)
-                regularizer = checkpoint.regularizer if checkpoint else identity
-                ids = encoder.verbalizer_ids
-                runs.append(AdaptRun(definition.name, train, dev, ids, seed, prompt, regularizer, test))
-                names.append(name)
+    started = time.perf_counter()
+    for target in targets:
+        require_same_labels(source.definition, target.definition)
+    draws = [draw(source.definition, source.frames, config.shots, seed) for seed in seeds]
+    tests = [test_rows(target.frames, config.max_test) for target in targets]
+    if method.learns == "probe":
+        learned = _probes(backbone, source, targets, draws, tests, config, token_budget)
+    else:
+        rows = 0
+        if method.learns == "prompt":
+            rows = len(checkpoint.prompt) if checkpoint else prompt_length
+        limit = input_limit(backbone, rows, config.max_length)
+        encoder = _encoder(backbone, source.definition, limit, pattern)
+        splits = [
+            _encoder(backbone, target.definition, limit, pattern).split(test)
+            for target, test in zip(targets, tests, strict=True)
+        ]
+        runs = _runs(backbone, encoder, draws, seeds, checkpoint, rows)
+        if method.learns == "prompt":
+            learned = _prompts(backbone, runs, splits, config, token_budget, progress)
+        elif method.learns == "weights":
+            learned = _weights(backbone, runs, splits, config, token_budget)
+        else:
+            learned = _nothing(backbone, runs, splits, token_budget)
+    seconds = (time.perf_counter() - started) / len(seeds)
+    return [
+        Outcome(
+            method=method.name,
+            train=source.definition.name,
+            test=target.definition.name,
+            seed=seed,
+            shots=config.shots,
+            dev_accuracy=one.best.accuracy,
+            test_accuracy=accuracy,
+            best_step=one.best.step,
+            seconds=seconds,
+            trained_parameters=one.parameters,
+        )
+        for seed, one in zip(seeds, learned, strict=True)
+        for target, accuracy in zip(targets, one.accuracies, strict=True)
+    ]
+
+
+def require_same_labels(source: TaskDefinition, target: TaskDefinition) -> None:
+    """
+    Raises:
+        UserError: what is learned on `source` cannot be tested on `target`.
+    """
+    if source.labels != target.labels:
+        raise UserError(
+            f"Task '{target.name}' has the labels {', '.join(target.labels)}, but '{source.name}', which is adapted "
+            f"on, has {', '.join(source.labels)}; test on a task with the same labels in the same order."
+        )
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What came of one seed: the choice, how much was trained, and the accuracy on each target."""
+
+    best: Evaluation
+    parameters: int
+    accuracies: list[float]
+
+
+def _encoder(backbone: Backbone, definition: TaskDefinition, limit: int, pattern: int) -> TaskEncoder:
+    return TaskEncoder(backbone, definition, max_length=limit, pattern=min(pattern, len(definition.patterns) - 1))
+
+
+def _runs(
+    backbone: Backbone,
+    encoder: TaskEncoder,
+    draws: Sequence[FewShotDraw],
+    seeds: Sequence[int],
+    checkpoint: Checkpoint | None,
+    prompt_length: int,
+) -> list[AdaptRun]:
+    # One object for all runs: runs that share their regularizer are regularized in one call.
+    regularizer = checkpoint.regularizer if checkpoint else IdentityRegularizer()
+    return [
+        AdaptRun(
+            task=encoder.definition.name,
+            train=encoder.split(drawn.train),
+            dev=encoder.split(drawn.dev),
+            verbalizer_ids=encoder.verbalizer_ids,
+            seed=seed,
+            prompt=checkpoint.prompt.cpu() if checkpoint else vocabulary_prompt(backbone, prompt_length, seed),
+            regularizer=regularizer,
+        )
+        for drawn, seed in zip(draws, seeds, strict=True)
+    ]
+
+
+def _accuracies(
+    backbone: Backbone, prompts: Tensor, runs: Sequence[AdaptRun], splits: Sequence[Split], token_budget: int
+) -> list[list[float]]:
+    """For each run the accuracy on each split, with its row of `prompts` (runs, P, d)."""
+    words = [run.verbalizer_ids for run in runs]
+    by_split = []
+    for split in splits:
+        scores = score(backbone, prompts, [split.examples] * len(runs), words, token_budget=token_budget)
+        by_split.append([accuracy_and_loss(probabilities, split.answers)[0] for probabilities in scores])
+    return [list(own) for own in zip(*by_split, strict=True)]
+
+
+def _prompts(
+    backbone: Backbone,
+    runs: Sequence[AdaptRun],
+    splits: Sequence[Split],
+    config: AdaptConfig,
+    token_budget: int,
+    progress: Progress | None,
+) -> list[_Learned]:
     results = adapt(backbone, runs, config, token_budget=token_budget, progress=progress)
-    return [Outcome(name, run.task, run.seed, result) for name, run, result in zip(names, runs, results, strict=True)]
+    prompts = torch.stack([result.prompt for result in results]).to(backbone.device)
+    tested = _accuracies(backbone, prompts, runs, splits, token_budget)
+    return [_Learned(one.best, one.prompt.numel(), own) for one, own in zip(results, tested, strict=True)]
+
+
+def _weights(
+    backbone: Backbone, runs: Sequence[AdaptRun], splits: Sequence[Split], config: AdaptConfig, token_budget: int
+) -> list[_Learned]:
+    learned = []
+    for run in runs:  # each has a language model of its own, so one after the other
+        tuned, best = finetune(backbone, run, config, token_budget=token_budget)
+        [tested] = _accuracies(tuned, run.prompt[None].to(tuned.device), [run], splits, token_budget)
+        learned.append(_Learned(best, sum(weight.numel() for weight in tuned.model.parameters()), tested))
+    return learned
+
+
+def _nothing(
+    backbone: Backbone, runs: Sequence[AdaptRun], splits: Sequence[Split], token_budget: int
+) -> list[_Learned]:
+    none = runs[0].prompt[None].to(backbone.device)  # (1, 0, d): all runs are the same model
+    [found] = _accuracies(backbone, none, runs[:1], [*splits, *(run.dev for run in runs)], token_budget)
+    tested, devs = found[: len(splits)], found[len(splits) :]
+    return [_Learned(Evaluation(0, accuracy, float("nan")), 0, tested) for accuracy in devs]
+
+
+def _probes(
+    backbone: Backbone,
+    source: TaskRows,
+    targets: Sequence[TaskRows],
+    draws: Sequence[FewShotDraw],
+    tests: Sequence[pd.DataFrame],
+    config: AdaptConfig,
+    token_budget: int,
+) -> list[_Learned]:
+    limit = input_limit(backbone, 0, config.max_length)
+
+    def data(definition: TaskDefinition, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        states = features(backbone, definition, frame, max_length=limit, token_budget=token_budget)
+        return states, frame[definition.label].map(definition.labels.index).to_numpy(np.int64)
+
+    tested = [data(target.definition, test) for target, test in zip(targets, tests, strict=True)]
+    learned = []
+    for drawn in draws:
+        classifier, best = probe(*data(source.definition, drawn.train), *data(source.definition, drawn.dev))
+        accuracies = [float((classifier.predict(states) == answers).mean()) for states, answers in tested]
+        learned.append(_Learned(best, parameters(classifier), accuracies))
+    return learned
 
 
 def adapt_task(
@@ -101,19 +278,14 @@ def adapt_task(
     prompt_length: int,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Outcome:
+) -> AdaptResult:
     """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`."""
     require_new_folder(out, overwrite=overwrite)
-    method = SUPMER if checkpoint else PROMPT_TUNING
-    (outcome,) = evaluate(
-        backbone,
-        [definition],
-        {method: checkpoint},
-        [seed],
-        config,
-        prompt_length=prompt_length,
-        progress=progress,
-    )
+    rows = len(checkpoint.prompt) if checkpoint else prompt_length
+    encoder = _encoder(backbone, definition, input_limit(backbone, rows, config.max_length), 0)
+    drawn = draw(definition, definition.read(), config.shots, seed, config.max_test)
+    [run] = _runs(backbone, encoder, [drawn], [seed], checkpoint, rows)
+    [result] = adapt(backbone, [replace(run, test=encoder.split(drawn.test))], config, progress=progress)
     record = AdaptedRecord(
         definition=definition,
         backbone=backbone.name,
@@ -122,9 +294,9 @@ def adapt_task(
         config=config,
         seed=seed,
         regularized=checkpoint is not None,
-        best_step=outcome.result.best.step,
-        dev_accuracy=outcome.result.best.accuracy,
-        test_accuracy=outcome.result.test_accuracy,
+        best_step=result.best.step,
+        dev_accuracy=result.best.accuracy,
+        test_accuracy=result.test_accuracy,
     )
-    save_adapted(Adapted(outcome.result.prompt, record), out, overwrite=overwrite)
-    return outcome
+    save_adapted(Adapted(result.prompt, record), out, overwrite=overwrite)
+    return result

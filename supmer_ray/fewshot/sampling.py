@@ -58,13 +58,16 @@ def draw(
         shuffled = np.random.default_rng((seed, number)).permutation(own)
         train.append(shuffled[:shots])
         dev.append(shuffled[-shots:])
-    test = frames["test"]
-    if max_test is not None and max_test < len(test):
-        # A fixed seed: every data seed and every method is judged on the same rows.
-        kept = np.sort(np.random.default_rng(0).permutation(len(test))[:max_test])
-        test = test.iloc[kept]
     return FewShotDraw(
         train=rows.iloc[np.concatenate(train)].reset_index(drop=True),
         dev=rows.iloc[np.concatenate(dev)].reset_index(drop=True),
-        test=test.reset_index(drop=True),
+        test=test_rows(frames, max_test),
     )
+
+
+def test_rows(frames: Mapping[str, pd.DataFrame], max_test: int | None = None) -> pd.DataFrame:
+    """The test rows that every data seed and every method is judged on: all, or the same `max_test` of them."""
+    test = frames["test"]
+    if max_test is not None and max_test < len(test):
+        test = test.iloc[np.sort(np.random.default_rng(0).permutation(len(test))[:max_test])]
+    return test.reset_index(drop=True)

@@ -57,6 +57,42 @@ def read_table(file: Path) -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
+def read_tsv(file: Path) -> pd.DataFrame:
+    """Rows of a GLUE table: tab-separated with a header, quotes are text. Rows that break off are left out.
+
+    Raises:
+        UserError: the file is missing, is no text, or has no rows.
+    """
+    try:
+        # Not splitlines(): a sentence may hold any other character that ends a line.
+        header, *rows = (line.split("\t") for line in file.read_text(encoding="utf-8-sig").split("\n"))
+    except FileNotFoundError:
+        raise UserError(f"There is no file {file}; check the folder of the published files.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Cannot read {file} as a table with tabs; use another copy of it.") from None
+    whole = [row for row in rows if len(row) == len(header)]
+    if not whole:
+        raise UserError(f"{file} holds no rows; give a file with at least one.")
+    return pd.DataFrame(whole, columns=header)
+
+
+def read_headerless(file: Path, header: tuple[str, ...]) -> pd.DataFrame:
+    """Rows of a comma-separated file without a header line, whose columns are named in `header`.
+
+    Raises:
+        UserError: the file is missing, has another number of columns, or has no rows.
+    """
+    try:
+        frame = pd.read_csv(file, dtype=str, keep_default_na=False, header=None)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {file}; check the folder of the published files.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {file} as a table with commas ({error}); use another copy of it.") from None
+    if frame.shape[1] != len(header):
+        raise UserError(f"{file} has {frame.shape[1]} columns instead of {len(header)} ({', '.join(header)}); mend it.")
+    return frame.set_axis(list(header), axis=1)
+
+
 def _read_jsonl(file: Path) -> pd.DataFrame:
     records: list[dict[str, Any]] = []
     with file.open(encoding="utf-8") as lines:

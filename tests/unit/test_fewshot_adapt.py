@@ -1,6 +1,7 @@
 """Adapting many prompts together gives what each would have become alone; folders and predictions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,13 @@ from supmer_ray.errors import UserError
 from supmer_ray.fewshot.adapt import (
     AdaptRun,
     Evaluation,
-    _batches,
     _clipped,
     _Pool,
     _regularized,
     adapt,
     run_gradients,
     score,
+    training_batches,
     vocabulary_prompt,
 )
 from supmer_ray.fewshot.adapted import Adapted, AdaptedRecord, load_adapted, predict, save_adapted
@@ -96,7 +97,7 @@ CONFIG = AdaptConfig(shots=4, steps=6, batch=4, rate=0.1, evaluate_every=4)
 def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs):
     prompts = torch.nn.Parameter(torch.stack([run.prompt for run in runs]))
     pool = _Pool([run.train.examples for run in runs])
-    drawn = [next(_batches(run, CONFIG.batch)) for run in runs]
+    drawn = [next(training_batches(run, CONFIG.batch)) for run in runs]
     together = run_gradients(backbone, prompts, pool, drawn, token_budget=60)
     for number, (run, chosen) in enumerate(zip(runs, drawn, strict=True)):
         prompt = run.prompt[None].clone().requires_grad_()
@@ -105,12 +106,10 @@ def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs):
         for row in chosen:
             one = collate(run.train.examples, np.array([row]), pad=backbone.pad, start=backbone.start)
             kept = one.labels[0] != -100
-            one = type(one)(
-                one.input_ids, one.attention_mask, one.decoder_input_ids[:, kept], one.labels[:, kept], one.task
-            )
-            encoded, mask = encode_prompted(backbone, prompt, one)
-            losses.append(label_losses(backbone, encoded, mask, one)[0])
-            states.append(encoded[0].detach())
+            one = replace(one, decoder_input_ids=one.decoder_input_ids[:, kept], labels=one.labels[:, kept])
+            encoded, layout = encode_prompted(backbone, prompt, one)
+            losses.append(label_losses(backbone, encoded, layout, one)[0])
+            states.append(encoded.detach())
         (expected,) = torch.autograd.grad(torch.stack(losses).mean(), prompt)
         torch.testing.assert_close(together[0][number], expected[0], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(together[1][number], torch.cat(states).mean(dim=0), rtol=1e-9, atol=1e-12)
@@ -119,7 +118,7 @@ def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs):
 def test_float32_gradients_together_are_within_1e_5_of_alone(folder, runs):
     single = load_backbone(str(folder), dtype=torch.float32)
     prompts = torch.nn.Parameter(torch.stack([run.prompt for run in runs]).float())
-    drawn = [next(_batches(run, CONFIG.batch)) for run in runs]
+    drawn = [next(training_batches(run, CONFIG.batch)) for run in runs]
     together, *_ = run_gradients(single, prompts, _Pool([run.train.examples for run in runs]), drawn, token_budget=512)
     for number, run in enumerate(runs):
         own = torch.nn.Parameter(prompts.detach()[number : number + 1].clone())
@@ -166,7 +165,7 @@ def test_selection_prefers_accuracy_then_loss_and_never_a_loss_that_is_no_number
 
 
 def test_every_epoch_uses_every_example_once(runs):
-    stream = _batches(runs[0], 4)
+    stream = training_batches(runs[0], 4)
     epochs = [np.concatenate([next(stream) for _ in range(3)]) for _ in range(2)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(9))

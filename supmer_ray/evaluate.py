@@ -1,0 +1,432 @@
+"""Comparing methods over tasks and data seeds, on a Ray cluster: a suite and methods go in, tables come out.
+
+The unit of work is a cell: one method on one task with all its seeds, adapted together. Cells run as Ray
+tasks; each leaves a file when it is done, so that an evaluation that was killed goes on where it was.
+
+    OUT/evaluation.json     what is compared, under which settings, from which checkpoints
+    OUT/stores/, OUT/runs/  stores and meta-training runs that the methods needed and nobody gave
+    OUT/cells/              one Parquet file for each finished cell
+    OUT/results.parquet     all rows: one for each method, task and seed
+    OUT/table.{md,csv}      what they say; OUT/gaps.csv, between domains
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from supmer_ray.cluster import connect
+from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig
+from supmer_ray.data.prepare import prepare
+from supmer_ray.data.store import MANIFEST, read_manifest
+from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.fewshot.comparison import gaps, markdown, summarize
+from supmer_ray.fewshot.definition import load_definition
+from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
+from supmer_ray.fewshot.method import Method, changed
+from supmer_ray.fewshot.sampling import draw
+from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
+from supmer_ray.fewshot.tables import write_table
+from supmer_ray.files import held, read_sealed, whole_file, write_json
+from supmer_ray.meta.loop import METRICS_FILE
+from supmer_ray.meta.state import load_checkpoint
+from supmer_ray.model.backbone import Backbone, load_backbone
+from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
+
+DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
+TABLE, SUMMARY, GAPS = "table.md", "table.csv", "gaps.csv"
+_CELLS, _STORES, _RUNS = "cells", "stores", "runs"
+
+Progress = Callable[[str, int, int | None, str], None]
+"""Called with what is being done, how much of it is done, of how much (if known), and in what unit."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of the setting that a curve varies; without a curve the only point, with an empty label.
+
+    Attributes:
+        run: name of the meta-training runs' variant; empty where the setting does not reach them.
+        store: the same of the stores.
+    """
+
+    label: str
+    config: EvaluateConfig
+    run: str = ""
+    store: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one entry of the suite at one point, with all seeds."""
+
+    point: Point
+    entry: SuiteEntry
+    method: Method
+
+    @property
+    def name(self) -> str:
+        """A name for the cell's file."""
+        return _file_name(self.point.label, self.entry.train, self.method.name)
+
+    def config(self) -> AdaptConfig:
+        """How this cell adapts: the point's settings with the method's changes and the entry's limit on K."""
+        config = self.method.adapt_config(self.point.config.adapt)
+        shots = min(config.shots, self.entry.max_shots or config.shots)
+        return config.model_copy(update={"shots": shots})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared with what.
+
+    Attributes:
+        seeds: the data seeds 0 … seeds − 1.
+        store: for the meta-training of methods that have no checkpoint.
+        checkpoints: method → RUN/checkpoint.
+        data: folder with the benchmarks' published files, for tasks that have such a layout.
+
+    Raises:
+        UserError: a method is named twice, or a checkpoint is for none of them.
+    """
+
+    suite: Suite
+    methods: Sequence[Method]
+    config: EvaluateConfig
+    seeds: int = 5
+    curve: Curve | None = None
+    store: Path | None = None
+    checkpoints: Mapping[str, Path] | None = None
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if len({method.name for method in self.methods}) < len(self.methods):
+            raise UserError("A method is named twice; name each once.")
+        for name in self.checkpoints or {}:
+            if name not in [method.name for method in self.methods if method.meta is not None]:
+                raise UserError(f"The checkpoint for '{name}' is for no method that is compared and meta-trained.")
+
+    def points(self) -> list[Point]:
+        """The curve's values as configurations.
+
+        Raises:
+            UserError: the curve's setting or a value of it is none that the schema has.
+        """
+        if self.curve is None:
+            return [Point("", self.config)]
+        key, where = self.curve.key, f"curve '{self.curve.name}'"
+        points = []
+        for value in self.curve.values:
+            label = f"{key.split('.', 1)[1]} = {value}"
+            if key.startswith("prepare.") and (self.config.prepare is None or self.store):
+                raise UserError(
+                    f"The {where} makes a store for each value; write --set prepare.sources=[…] and leave --store out."
+                )
+            config = changed(self.config, {key: value}, where)
+            store = label if key.startswith("prepare.") else ""
+            points.append(Point(label, config, label if not key.startswith("adapt.") else "", store))
+        return points
+
+    def cells(self) -> list[Cell]:
+        """All cells, in the order in which the tables show them."""
+        return [
+            Cell(point, entry, method)
+            for point in self.points()
+            for entry in self.suite.tasks
+            for method in self.methods
+        ]
+
+    def description(self) -> dict[str, Any]:
+        """All of it as JSON; a resumed evaluation must have the same."""
+        given = {}
+        for name, folder in (self.checkpoints or {}).items():
+            sealed = read_sealed(folder, "a checkpoint")
+            given[name] = {"folder": str(folder.resolve()), "prompt": sealed["checksums"]["prompt.safetensors"]}
+        values = {
+            "suite": self.suite.model_dump(mode="json"),
+            "methods": [method.model_dump(mode="json") for method in self.methods],
+            "config": self.config.model_dump(mode="json"),
+            "seeds": self.seeds,
+            "curve": self.curve.model_dump(mode="json") if self.curve else None,
+            "store": str(self.store.resolve()) if self.store else None,
+            "checkpoints": given,
+            "data": str(self.data.resolve()) if self.data else None,
+        }
+        return json.loads(json.dumps(values))
+
+
+def evaluate(
+    plan: Plan, out: Path, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> pd.DataFrame:
+    """Compare the plan's methods on its tasks, on the Ray cluster that is there.
+
+    Methods that need meta-training and have no checkpoint are trained first, into `out`.
+
+    Args:
+        out: on a cluster a path that every node sees.
+        resume: go on with the same evaluation in `out`: finished cells and runs stay as they are, and the tables
+            are written anew, perhaps with another baseline.
+        overwrite: replace what `out` holds.
+
+    Returns:
+        The rows of OUT/results.parquet: point, method, train, test, seed, shots, dev_accuracy, test_accuracy,
+        best_step, seconds, trained_parameters.
+
+    Raises:
+        UserError: unusable input; what was finished before it stays in `out`.
+    """
+    out = Path(out).absolute()
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    description = plan.description()
+    if resume:
+        _require_same(out, description)
+    rows = _read_tasks(plan)
+    _check(plan, rows)
+    with held(out, "an evaluation"):
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        (out / _CELLS).mkdir(parents=True, exist_ok=True)
+        write_json(out / DESCRIPTION, description)
+        tell = progress or (lambda title, done, total, unit: None)
+        checkpoints = {
+            (point.run, method.name): _checkpoint(plan, point, method, out, tell)
+            for point in plan.points()
+            for method in plan.methods
+            if method.meta is not None
+        }
+        _run_cells(plan, rows, checkpoints, out, tell)
+        return _conclude(plan, checkpoints, out)
+
+
+def _require_same(out: Path, description: Mapping[str, Any]) -> None:
+    file = out / DESCRIPTION
+    if not file.is_file():
+        raise UserError(f"{out} holds no evaluation to resume ({DESCRIPTION} is missing); start without --resume.")
+    try:
+        started = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        raise UserError(f"{file} is damaged; start the evaluation anew with --overwrite.") from None
+    for name, value in description.items():
+        before = started.get(name)
+        if name == "config" and isinstance(before, dict):
+            before = before | {"baseline": value["baseline"]}  # it shapes the tables only, so it may change
+        if before != value:
+            raise UserError(
+                f"The evaluation in {out} was started with another '{name}'; resume with the same, or start a new one."
+            )
+
+
+def _read_tasks(plan: Plan) -> dict[str, TaskRows]:
+    """The rows of every task of the suite, read once."""
+    names = {name for entry in plan.suite.tasks for name in (entry.train, *entry.targets)}
+    definitions = {name: load_definition(name) for name in sorted(names)}
+    if plan.data:
+        definitions = {name: one.from_folder(plan.data) for name, one in definitions.items()}
+    return {name: TaskRows.of(definition) for name, definition in definitions.items()}
+
+
+def _check(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
+    """Refuse now what a cell would refuse later: labels, too few rows, settings, missing checkpoints."""
+    _once([rows[name].definition.name for name in rows], "tasks")
+    _once([entry.train for entry in plan.suite.tasks], "entries")
+    for cell in plan.cells():
+        source = rows[cell.entry.train]
+        for target in cell.entry.targets:
+            require_same_labels(source.definition, rows[target].definition)
+        draw(source.definition, source.frames, cell.config().shots, 0)
+    for point in plan.points():
+        for method in plan.methods:
+            if method.meta is not None:
+                _check_origin(plan, point, method)
+    if plan.store:
+        name = read_manifest(plan.store).backbone.name
+        if name != plan.config.backbone:
+            raise UserError(
+                f"The store {plan.store} was prepared with the backbone '{name}', but the comparison is on "
+                f"'{plan.config.backbone}'; write --set backbone={name}."
+            )
+
+
+def _once(names: Sequence[str], what: str) -> None:
+    # Files and tables tell tasks apart by these names alone.
+    names = [_file_name(name) for name in names]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Two {what} of the comparison have the name '{name}'; give each a name of its own.")
+
+
+def _check_origin(plan: Plan, point: Point, method: Method) -> None:
+    config = method.run_config(point.config.run)
+    given = (plan.checkpoints or {}).get(method.name)
+    if given is None:
+        if plan.store is None and point.config.prepare is None:
+            raise UserError(
+                f"Method '{method.name}' needs meta-training; give a store (--store), its checkpoint "
+                f"(--checkpoint {method.name}=RUN/checkpoint), or sources (--set prepare.sources=[…])."
+            )
+        return
+    if point.run:
+        raise UserError(
+            f"The curve varies '{point.label}', which belongs to meta-training, so method '{method.name}' cannot take "
+            "one checkpoint for all; leave --checkpoint out."
+        )
+    length = read_sealed(given, "a checkpoint")["run"]["prompt"]["length"]
+    if length != config.prompt.length:
+        raise UserError(
+            f"The checkpoint {given} holds a prompt of {length} rows, but the prompts that are compared with it have "
+            f"{config.prompt.length}; write --set run.prompt.length={length}."
+        )
+
+
+def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progress) -> Path:
+    """The folder of the method's checkpoint at this point; meta-trained now if it is not there yet."""
+    if given := (plan.checkpoints or {}).get(method.name):
+        return given.resolve()
+    folder = out / _RUNS / _file_name(method.name, point.run)
+    if not (folder / CHECKPOINT / "config.json").is_file():
+        store = plan.store or _store(point, out, tell)
+        config = method.run_config(point.config.run)
+        title = f"Meta-training {method.name}{f', {point.run}' if point.run else ''}"
+
+        def show(row: dict[str, Any]) -> None:
+            if row["kind"] == "step":
+                tell(title, row["step"], config.meta.steps, "steps")
+
+        started = (folder / CONFIG_FILE).is_file()
+        train(config, store, folder, resume=started, overwrite=not started, progress=show)
+    return folder / CHECKPOINT
+
+
+def _store(point: Point, out: Path, tell: Progress) -> Path:
+    assert point.config.prepare
+    folder = out / _STORES / _file_name("store", point.store)
+    if not (folder / MANIFEST).is_file():
+        connect()
+        config: PrepareConfig = point.config.prepare.model_copy(update={"backbone": point.config.backbone})
+        prepare(config, folder, progress=tell)
+    return folder
+
+
+def _run_cells(
+    plan: Plan, rows: Mapping[str, TaskRows], checkpoints: Mapping[tuple[str, str], Path], out: Path, tell: Progress
+) -> None:
+    cells = plan.cells()
+    waiting = [cell for cell in cells if not _cell_file(out, cell).is_file()]
+    if not waiting:
+        return
+    resources = connect()
+    gpus = 1 if resources.gpus >= 1 else 0
+    # Few cells on many cores: each gets several threads.
+    threads = max(1, int(resources.cpus // len(waiting)))
+    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=gpus)
+    tasks = {name: ray.put(task) for name, task in rows.items()}
+    title, running = "Adapting and testing", {}
+    for cell in waiting:
+        origin = checkpoints.get((cell.point.run, cell.method.name))
+        targets = [tasks[name] for name in cell.entry.targets]
+        running[remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, bool(gpus), *targets)] = cell
+    tell(title, len(cells) - len(waiting), len(cells), "cells")
+    while running:
+        [ready], _ = ray.wait(list(running))
+        cell = running.pop(ready)
+        try:
+            found = ray.get(ready)
+        except RayTaskError as error:
+            for reference in running:
+                ray.cancel(reference, force=True)
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        write_table(pd.DataFrame(found), _cell_file(out, cell))
+        tell(title, len(cells) - len(running), len(cells), "cells")
+
+
+def _run_cell(
+    cell: Cell, source: TaskRows, seeds: int, checkpoint: Path | None, threads: int, gpu: bool, *targets: TaskRows
+) -> list[dict[str, Any]]:
+    """The rows of one cell, computed in a Ray worker."""
+    config = cell.point.config
+    backbone = _backbone(config.backbone, threads, gpu)
+    outcomes = evaluate_method(
+        backbone,
+        cell.method,
+        source,
+        targets,
+        range(seeds),
+        cell.config(),
+        checkpoint=load_checkpoint(checkpoint, backbone) if checkpoint else None,
+        prompt_length=config.run.prompt.length,
+        pattern=config.pattern,
+        token_budget=config.tokens_per_micro_batch,
+    )
+    return [{"point": cell.point.label, **asdict(outcome)} for outcome in outcomes]
+
+
+@lru_cache(maxsize=1)
+def _backbone(name: str, threads: int, gpu: bool) -> Backbone:
+    """The language model, loaded once in each worker process."""
+    return load_backbone(name, device="cuda" if gpu and torch.cuda.is_available() else "cpu", threads=threads)
+
+
+def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Path], out: Path) -> pd.DataFrame:
+    """Put the cells together and write the tables."""
+    rows = pd.concat([pd.read_parquet(_cell_file(out, cell)) for cell in plan.cells()], ignore_index=True)
+    baseline = plan.config.baseline
+    write_table(rows, out / RESULTS)
+    write_table(summarize(rows, baseline), out / SUMMARY)
+    drops = gaps(rows, baseline)
+    if not drops.empty:
+        write_table(drops, out / GAPS)
+    with whole_file(out / TABLE) as file:
+        text = markdown(rows, baseline, f"{plan.suite.name}: {len(plan.methods)} methods", _note(plan, checkpoints))
+        file.write_text(text, encoding="utf-8")
+    return rows
+
+
+def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
+    adapt = plan.config.adapt
+    tested = "all test rows" if adapt.max_test is None else f"at most {adapt.max_test} test rows"
+    lines = [
+        f"{plan.suite.description} K = {adapt.shots} examples a class to train on and as many for the dev split, "
+        f"{adapt.steps} steps; backbone {plan.config.backbone}. Every method saw the same draws; the step was chosen "
+        f"on the dev split, and the test split ({tested}) was scored once.".strip()
+    ]
+    spent = []
+    for (run, method), folder in checkpoints.items():
+        if (found := _training(folder.parent / METRICS_FILE)) is not None:
+            steps, seconds = found
+            spent.append(f"{method}{f' ({run})' if run else ''} {steps:,} steps in {seconds:,.0f} s")
+    if spent:
+        lines.append(f"Meta-training, once for all tasks: {'; '.join(spent)}.")
+    return "\n\n".join(lines)
+
+
+def _training(metrics: Path) -> tuple[int, float] | None:
+    """Meta-steps of a run and the seconds that they and the waiting for their data took."""
+    if not metrics.is_file():
+        return None
+    steps = [row for row in _json_lines(metrics) if row["kind"] == "step"]
+    return len(steps), sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps)
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)
+
+
+def _cell_file(out: Path, cell: Cell) -> Path:
+    return out / _CELLS / f"{cell.name}.parquet"
+
+
+def _file_name(*parts: str) -> str:
+    """The parts as one name that any file system takes: other characters than letters and digits become '-'."""
+    return "--".join(re.sub(r"[^\w.]+", "-", Path(part).stem if "/" in part else part) for part in parts if part)

@@ -1,0 +1,341 @@
+"""A report of runs and evaluations: folders go in, one self-contained HTML page and its figures come out.
+
+The page asks for nothing from outside, fits a phone and follows the reader's light or dark setting. The
+same figures stand beside it as PNG and SVG.
+
+    OUT/index.html      the page
+    OUT/figures/        NAME.png and NAME.svg of every figure
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from supmer_ray import figures
+from supmer_ray.config import RunConfig, build
+from supmer_ray.console import duration
+from supmer_ray.data.store import Store
+from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.evaluate import DESCRIPTION, RESULTS
+from supmer_ray.fewshot.comparison import gaps, probability, summarize
+from supmer_ray.files import whole_folder
+from supmer_ray.meta.loop import METRICS_FILE
+from supmer_ray.train import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE, FIGURES = "index.html", "figures"
+
+EXAMPLES = 12
+"""Domains that the page shows sentences of."""
+
+
+@dataclass
+class _Section:
+    """A part of the page about one folder.
+
+    Attributes:
+        blocks: pieces of HTML, in order.
+        drawn: (name, figure) of every figure.
+    """
+
+    title: str
+    blocks: list[str] = field(default_factory=list)
+    drawn: list[tuple[str, Figure]] = field(default_factory=list)
+
+
+def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Path:
+    """Write the report of run and evaluation folders into the folder `out`.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: a folder is neither a run nor an evaluation, or has nothing to show yet.
+    """
+    require_new_folder(out, overwrite=overwrite)
+    if not folders:
+        raise UserError("Name at least one run or evaluation to report on.")
+    sections = []
+    for number, folder in enumerate(folders):
+        prefix = f"{number + 1}-" if len(folders) > 1 else ""
+        if (folder / METRICS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
+            sections.append(_run(folder, prefix))
+        elif (folder / DESCRIPTION).is_file():
+            sections.append(_evaluation(folder, prefix))
+        else:
+            raise UserError(
+                f"{folder} is neither a run ({CONFIG_FILE}, {METRICS_FILE}) nor an evaluation ({DESCRIPTION}); name a "
+                "folder that 'supmer train' or 'supmer evaluate' wrote."
+            )
+    with whole_folder(out) as partial:
+        (partial / FIGURES).mkdir()
+        for section in sections:
+            for name, figure in section.drawn:
+                with figures.style(name):
+                    for ending in ("png", "svg"):
+                        figure.savefig(partial / FIGURES / f"{name}.{ending}", dpi=200)
+        (partial / PAGE).write_text(_page(sections), encoding="utf-8")
+    return out / PAGE
+
+
+def _run(folder: Path, prefix: str) -> _Section:
+    """The section of a meta-training run."""
+    rows = list(_rows(folder / METRICS_FILE))
+    steps = pd.DataFrame([row for row in rows if row["kind"] == "step"])
+    if steps.empty:
+        raise UserError(f"The run in {folder} has no step to show yet; wait for its first one.")
+    validations = pd.DataFrame(
+        [
+            {"step": row["step"], "task_type": name, **found}
+            for row in rows
+            if row["kind"] == "validation"
+            for name, found in row["validation"].items()
+        ],
+        columns=["step", "task_type", "loss", "accuracy"],
+    )
+    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = build(RunConfig, settings["config"], str(folder / CONFIG_FILE))
+    section = _Section(f"Run {folder.name}")
+    seconds = float(steps["step_seconds"].sum() + steps["data_wait_seconds"].sum())
+    section.blocks.append(
+        _facts(
+            {
+                "meta-steps": f"{len(steps):,} of {config.meta.steps:,}",
+                "tasks a step": str(config.tasks.tasks_per_step),
+                "prompt rows": str(config.prompt.length),
+                "time in steps": duration(seconds),
+                "waited for data": f"{100 * steps['data_wait_seconds'].sum() / max(seconds, 1e-9):.1f} %",
+                "tokens": f"{steps['tokens'].sum():,}",
+            }
+        )
+    )
+
+    def add(name: str, figure: Figure, caption: str) -> None:
+        section.blocks.append(_draw(section, prefix + name, figure, caption))
+
+    with figures.style(prefix):
+        add(
+            "losses",
+            figures.losses(steps, validations),
+            "Query loss by task type: lines are the training tasks (running mean), dots the fixed validation tasks "
+            "after the inner step.",
+        )
+        add(
+            "signals",
+            figures.signals(steps),
+            "The curriculum and the gate: s, the running agreement of query and support gradients; λ, the share that a "
+            "task keeps of its own domain when it is mixed; z, how much of the raw gradient ψ keeps.",
+        )
+        add(
+            "alignment",
+            figures.alignment(steps),
+            "Gradient alignment: how far the regularized gradient ψ points the way of the query gradient, and of the "
+            "raw support gradient.",
+        )
+        store = Path(settings["store"])
+        if store.is_dir():
+            opened = Store.open(store)
+            marked = figures.spread_domains(opened, EXAMPLES)
+            add(
+                "domains",
+                figures.domain_plane(opened, marked),
+                "Domains of single sentences on a plane, each as large as its number of sentences; sentences of the "
+                "numbered ones below.",
+            )
+            section.blocks.append(_domain_table(opened, marked))
+        else:
+            section.blocks.append(
+                f"<p>The store {html.escape(str(store))} is not here, so its domains are not drawn.</p>"
+            )
+    if not validations.empty:
+        section.blocks.append(_validation_table(validations))
+    section.blocks.append(
+        f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>"
+    )
+    return section
+
+
+def _evaluation(folder: Path, prefix: str) -> _Section:
+    """The section of an evaluation."""
+    if not (folder / RESULTS).is_file():
+        raise UserError(f"The evaluation in {folder} has no {RESULTS} yet; finish it with 'supmer evaluate --resume'.")
+    rows = pd.read_parquet(folder / RESULTS)
+    described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    baseline, curve = described["config"]["baseline"], described["curve"]
+    shots = "varied" if curve and curve["key"] == "adapt.shots" else str(described["config"]["adapt"]["shots"])
+    section = _Section(f"Evaluation {folder.name}")
+    section.blocks.append(
+        _facts(
+            {
+                "suite": described["suite"]["name"],
+                "tasks": str(rows["train"].nunique()),
+                "methods": str(rows["method"].nunique()),
+                "data seeds": str(described["seeds"]),
+                "K": shots,
+                "backbone": Path(described["config"]["backbone"]).name,
+            }
+        )
+    )
+
+    def add(name: str, figure: Figure, caption: str) -> None:
+        section.blocks.append(_draw(section, prefix + name, figure, caption))
+
+    at = f" At {rows['point'].iloc[-1]}." if curve else ""
+    with figures.style(prefix):
+        if baseline in set(rows["method"]) and rows["method"].nunique() > 1:
+            add(
+                "differences",
+                figures.differences(rows, baseline),
+                f"Mean difference to {baseline} on the same draws, with its 95 % bootstrap interval over seeds.{at}",
+            )
+        if curve:
+            caption = f"{curve['description']} Mean over the tasks, whiskers: standard deviation over seeds."
+            add("curves", figures.curves(rows, curve["key"], curve["values"]), caption)
+        add(
+            "accuracies",
+            figures.accuracies(rows),
+            f"Test accuracy of every method on every task, mean and standard deviation over seeds.{at}",
+        )
+        if not gaps(rows, baseline).empty:
+            add(
+                "domain-gaps",
+                figures.domain_gaps(rows, baseline),
+                f"Accuracy on the domain that was adapted on, and on others.{at}",
+            )
+    section.blocks.append(_results_table(summarize(rows, baseline), baseline))
+    section.blocks.append(
+        f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(described, indent=1))}</pre></details>"
+    )
+    return section
+
+
+def _rows(metrics: Path) -> Iterator[dict[str, Any]]:
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return  # the line that a running worker has not finished
+
+
+def _draw(section: _Section, name: str, figure: Figure, caption: str) -> str:
+    """Note the figure for the files beside the page, and give it as HTML."""
+    section.drawn.append((name, figure))
+    text = io.StringIO()
+    with figures.style(name):
+        figure.savefig(text, format="svg")
+    return f'<figure id="{name}">{_inline(text.getvalue(), name, caption)}<figcaption>{caption}</figcaption></figure>'
+
+
+def _inline(svg: str, name: str, label: str) -> str:
+    """An SVG file's text as an element of a page: names of its own, the page's colours, as wide as there is room."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}--', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}--", svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{name}--', svg)
+    svg = re.sub(r'<svg ([^>]*?)(?:width|height)="[^"]*" ([^>]*?)(?:width|height)="[^"]*"', r"<svg \1\2", svg, count=1)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    names = {figures.INK: "ink", figures.GRID: "grid", figures.PAPER: "paper"}
+    names |= {colour: f"series-{number}" for number, colour in enumerate(figures.SERIES)}
+    for colour, variable in names.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label, quote=True)}" ', 1)
+
+
+def _facts(facts: dict[str, str]) -> str:
+    pairs = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{"".join(pairs)}</dl>'
+
+
+def _validation_table(validations: pd.DataFrame) -> str:
+    first, last = validations["step"].min(), validations["step"].max()
+    lines = []
+    for name, own in validations.groupby("task_type"):
+        before, after = (own[own["step"] == step].iloc[0] for step in (first, last))
+        losses = f"{before['loss']:.3f} → {after['loss']:.3f}"
+        lines.append([str(name), losses, f"{100 * before['accuracy']:.0f} → {100 * after['accuracy']:.0f} %"])
+    head = ["task type", f"validation loss, step {first} → {last}", "accuracy"]
+    return _html_table(head, lines)
+
+
+def _domain_table(store: Store, marked: Sequence[int]) -> str:
+    family = store.family("ss")
+    lines = []
+    for number in marked:
+        items = family.rows(number, "train")
+        sentences = sorted((store.text(int(row)) for row in items[:: max(1, len(items) // 40)]), key=len)
+        # Around the median length: neither fragments nor the longest sentences.
+        middle = sentences[len(sentences) // 2 : len(sentences) // 2 + 2]
+        lines.append([str(number), str(int(np.diff(family.starts)[number])), " ⁄ ".join(middle)])
+    return _html_table(["domain", "sentences", "for example"], lines)
+
+
+def _results_table(table: pd.DataFrame, baseline: str) -> str:
+    parts = []
+    for point in dict.fromkeys(table["point"]):
+        lines = []
+        for _, one in table[table["point"] == point].iterrows():
+            task = one["test"] if one["train"] == one["test"] else f"{one['train']} → {one['test']}"
+            spread = "" if np.isnan(one["sd"]) else f" ± {one['sd']:.1f}"
+            difference = "" if np.isnan(one["difference"]) else f"{one['difference']:+.1f}"
+            interval, p = "", ""
+            if not np.isnan(one["p"]):
+                interval, p = f"{one['low']:+.1f} to {one['high']:+.1f}", probability(one["p"]).removeprefix("= ")
+            cost = [f"{one['seconds']:.1f}", f"{one['trained_parameters']:,.0f}"]
+            lines.append([task, one["method"], f"{one['mean']:.1f}{spread}", difference, interval, p, *cost])
+        head = ["task", "method", "accuracy", f"to {baseline}", "95 % interval", "p", "seconds", "trained"]
+        parts.append((f"<h3>{html.escape(point)}</h3>" if point else "") + _html_table(head, lines))
+    return "".join(parts)
+
+
+def _html_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+_DARK = ("#6ea0ff", "#ff8a55", "#3fcf9a", "#cd85ea", "#e0b13c", "#ff76a4", "#8ccb48", "#a3aab8")
+"""The series' colours on a dark page."""
+
+
+def _page(sections: Sequence[_Section]) -> str:
+    light = "".join(f"--series-{number}:{colour};" for number, colour in enumerate(figures.SERIES))
+    dark = "".join(f"--series-{number}:{colour};" for number, colour in enumerate(_DARK))
+    style = f"""
+:root {{ color-scheme: light dark; --ink:{figures.INK}; --grid:{figures.GRID}; --paper:{figures.PAPER}; {light} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink:#e6e7ec; --grid:#3a3d48; --paper:#16171c; {dark} }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.25rem; margin: 2rem 0 .5rem; }} h3 {{ font-size: 1rem; }}
+.blocks {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.25rem; }}
+.blocks > :not(figure) {{ grid-column: 1 / -1; margin: 0; min-width: 0; }}
+figure {{ margin: 0; min-width: 0; }} figure svg {{ display: block; width: 100%; height: auto; }}
+figure svg text {{ font-family: system-ui, sans-serif !important; }}
+figcaption {{ font-size: .85rem; opacity: .85; }}
+.facts {{ display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; }} .facts dt {{ font-size: .8rem; opacity: .75; }}
+.facts dd {{ margin: 0; font-weight: 600; }}
+.table {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .85rem; }}
+th, td {{ text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }}
+td {{ font-variant-numeric: tabular-nums; }} pre {{ overflow-x: auto; font-size: .75rem; }}
+"""
+    body = "".join(
+        f'<section><h2>{html.escape(section.title)}</h2><div class="blocks">{"".join(section.blocks)}</div></section>'
+        for section in sections
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>supmer report</title>'
+        f"<style>{style}</style></head><body><h1>supmer report</h1>{body}</body></html>\n"
+    )

@@ -1,0 +1,124 @@
+"""Comparing methods on a real cluster: every way to learn, a killed evaluation that goes on, and refusals."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from comparing import ADAPT, METHODS
+
+from supmer_ray.errors import UserError
+from supmer_ray.evaluate import evaluate
+from supmer_ray.fewshot.suite import Curve, Suite
+
+
+def test_every_way_to_learn_and_a_resumed_evaluation_agree(compared, plan, tmp_path):
+    """One row a method, task and seed; resuming computes what is missing and touches nothing else."""
+    methods, (out, rows) = METHODS, compared
+    assert list(rows["method"].unique()) == methods
+    assert len(rows) == len(methods) * 2 * 3
+    assert rows.groupby(["method", "train", "test"])["seed"].apply(list).map(lambda seeds: seeds == [0, 1]).all()
+    assert set(rows["test"][rows["train"] == "games"]) == {"games", "state"}
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "results.parquet"), rows)
+    assert "| supmer |" in (out / "table.md").read_text() and "2 steps" in (out / "table.md").read_text()
+    assert set(pd.read_csv(out / "gaps.csv")["method"]) == set(methods)
+    assert len(pd.read_csv(out / "table.csv")) == len(methods) * 4
+
+    kept = {file: file.read_bytes() for file in (out / "cells").iterdir()}
+    lost = [out / "cells" / f"games--{method}.parquet" for method in ("supmer", "zero-shot")]
+    for file in lost:
+        file.unlink()
+    again = evaluate(plan(methods), out, resume=True)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
+    assert [file for file, content in kept.items() if file.read_bytes() != content and file not in lost] == []
+
+    with pytest.raises(UserError, match=r"already holds a run; .*--resume"):
+        evaluate(plan(methods), out)
+    evaluate(plan(methods, baseline="zero-shot"), out, resume=True)
+    assert "Difference to zero-shot" in (out / "table.md").read_text()
+    evaluate(plan(methods), out, resume=True)
+    assert "Difference to prompt-tuning" in (out / "table.md").read_text()
+    with pytest.raises(UserError, match=r"was started with another 'config'"):
+        evaluate(plan(methods, pattern=1), out, resume=True)
+    with pytest.raises(UserError, match=r"was started with another 'methods'"):
+        evaluate(plan(methods[:2]), out, resume=True)
+
+    # The trained checkpoint, given to a new evaluation, gives the same rows.
+    given = {"supmer": out / "runs" / "supmer" / "checkpoint"}
+    alone = evaluate(plan(["supmer"], store=False, checkpoints=given), tmp_path / "given")
+    first = rows[rows["method"] == "supmer"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone.drop(columns="seconds"), first.drop(columns="seconds"))
+
+
+KILLED = """
+import os, pickle, signal, sys
+from supmer_ray.evaluate import evaluate
+
+def die(title, done, total, unit):
+    if unit == "cells" and 0 < done < total:
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+evaluate(pickle.loads(open(sys.argv[1], "rb").read()), sys.argv[2], progress=die)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(ray_cluster, plan, tmp_path):
+    """SIGKILL to the driver and its Ray after the first cell; the rest is computed, the rows are as undisturbed."""
+    whole = plan(["prompt-tuning", "zero-shot"], store=False)
+    undisturbed = evaluate(whole, tmp_path / "undisturbed")
+    (tmp_path / "plan.pkl").write_bytes(pickle.dumps(whole))
+    out = tmp_path / "killed"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "plan.pkl"), str(out)]
+    killed = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    [finished] = (out / "cells").glob("*.parquet")
+    before = finished.read_bytes()
+    assert not (out / "results.parquet").exists()
+    again = evaluate(whole, out, resume=True)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), undisturbed.drop(columns="seconds"))
+    assert finished.read_bytes() == before
+
+
+def test_a_curve_gives_each_value_its_rows(along_shots):
+    out, rows = along_shots
+    assert rows.groupby("point", sort=False)["shots"].first().to_dict() == {"shots = 2": 2, "shots = 8": 8}
+    assert "## shots = 8" in (out / "table.md").read_text()
+
+
+def test_a_curve_asks_for_the_runs_and_stores_that_differ(plan):
+    def variants(key, values, **changes):
+        curve = Curve(name="c", key=key, values=values)
+        return [(point.run, point.store) for point in plan(["supmer"], curve=curve, **changes).points()]
+
+    assert variants("adapt.shots", (2, 4)) == [("", ""), ("", "")]
+    assert variants("run.meta.steps", (1, 2)) == [("meta.steps = 1", ""), ("meta.steps = 2", "")]
+    found = variants("prepare.domains", (3, 4), store=False, prepare={"sources": ["bbc"]})
+    assert found == [("domains = 3", "domains = 3"), ("domains = 4", "domains = 4")]
+
+
+def test_refusals_come_before_any_work(plan, tmp_path):
+    def refused(message, given, **options):
+        with pytest.raises(UserError, match=message):
+            evaluate(given, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+
+    refused(r"'supmer' needs meta-training; give a store", plan(["supmer"], store=False))
+    refused(r"has 30 rows in its train split but needs 80", plan(["zero-shot"], adapt=ADAPT | {"shots": 40}))
+    refused(r"was prepared with the backbone .* write --set backbone=", plan(["supmer"], backbone="embedded"))
+    twice = replace(plan(["zero-shot"]), suite=Suite.model_validate({"name": "s", "tasks": ["bbc-topic", "bbc-topic"]}))
+    refused(r"Two entries of the comparison have the name 'bbc-topic'", twice)
+    curve = Curve(name="c", key="prepare.domains", values=(3, 4))
+    refused(r"makes a store for each value; write --set prepare.sources", plan(["supmer"], curve=curve))
+    curve = Curve(name="c", key="adapt.shotz", values=(3, 4))
+    refused(r"Unknown key 'adapt.shotz' in curve 'c'; did you mean 'shots'", plan(["zero-shot"], curve=curve))
+    refused(r"holds no evaluation to resume", plan(["zero-shot"]), resume=True)
+    with pytest.raises(UserError, match="A method is named twice"):
+        plan(["zero-shot", "zero-shot"])
+    with pytest.raises(UserError, match="The checkpoint for 'supmer' is for no method that is compared"):
+        plan(["zero-shot"], checkpoints={"supmer": tmp_path})

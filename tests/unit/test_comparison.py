@@ -1,0 +1,105 @@
+"""The comparison of methods: paired by seed, with numbers that can be checked by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from supmer_ray.fewshot.comparison import AVERAGE, gaps, markdown, paired, summarize
+
+SEEDS = range(6)
+
+
+def rows(scores, **fixed):
+    """Rows of {method: accuracies by seed} on one task."""
+    return [
+        {"point": "", "method": method, "train": "a", "test": "a", "seed": seed, "shots": 16, "dev_accuracy": 0.5,
+         "test_accuracy": value, "best_step": 10, "seconds": 2.0, "trained_parameters": 100} | fixed
+        for method, values in scores.items()
+        for seed, value in zip(SEEDS, values, strict=True)
+    ]  # fmt: skip
+
+
+PT = [0.60, 0.62, 0.58, 0.70, 0.61, 0.65]
+BETTER = [0.66, 0.69, 0.61, 0.77, 0.63, 0.72]
+
+
+def test_differences_are_taken_seed_by_seed():
+    found = paired(np.array(BETTER), np.array(PT))
+    differences = np.array(BETTER) - PT
+    assert found["difference"] == pytest.approx(differences.mean())
+    assert found["p"] == pytest.approx(scipy.stats.ttest_rel(BETTER, PT).pvalue)
+    assert differences.min() < found["low"] < found["difference"] < found["high"] < differences.max()
+    # The bootstrap's interval is near the normal one, whose standard error is that of the mean.
+    error = differences.std() / np.sqrt(len(differences))
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(1.96 * error, rel=0.1)
+
+
+def test_pairing_finds_what_spread_would_hide():
+    shifted = np.array(PT) + 0.02 + np.array([0.001, -0.001, 0, 0.001, -0.001, 0])
+    assert paired(shifted, np.array(PT))["p"] < 1e-4
+    assert scipy.stats.ttest_ind(shifted, PT).pvalue > 0.1
+
+
+@pytest.mark.parametrize(("one", "other"), [([0.7], [0.6]), ([0.7, 0.8], [0.6, 0.7]), ([0.5] * 4, [0.5] * 4)])
+def test_too_few_pairs_or_equal_differences_have_no_test(one, other):
+    found = paired(np.array(one), np.array(other))
+    assert found["difference"] == pytest.approx(np.mean(one) - np.mean(other))
+    assert np.isnan([found["low"], found["high"], found["p"]]).all()
+
+
+def test_summary_by_hand():
+    table = pd.DataFrame(
+        rows({"prompt-tuning": PT, "supmer": BETTER})
+        + rows({"prompt-tuning": BETTER, "supmer": PT}, train="b", test="b", seconds=4.0)
+        + rows({"prompt-tuning": [0.1] * 6, "supmer": [0.2] * 6}, train="a", test="b")
+    )
+    found = summarize(table, "prompt-tuning").set_index(["train", "test", "method"])
+    one = found.loc[("a", "a", "supmer")]
+    assert one["mean"] == pytest.approx(100 * np.mean(BETTER))
+    assert one["sd"] == pytest.approx(100 * np.std(BETTER, ddof=1))
+    assert one["difference"] == pytest.approx(100 * (np.mean(BETTER) - np.mean(PT)))
+    assert np.isnan(found.loc[("a", "a", "prompt-tuning")]["difference"])
+    average = found.loc[(AVERAGE, AVERAGE, "supmer")]
+    assert average["mean"] == pytest.approx(50 * (np.mean(BETTER) + np.mean(PT)))
+    assert average["difference"] == pytest.approx(0, abs=1e-9)
+    assert average["sd"] == pytest.approx(50 * (np.std(BETTER, ddof=1) + np.std(PT, ddof=1)))
+    assert average["seconds"] == 3.0 and average["seeds"] == 6
+
+
+def test_order_of_rows_and_missing_seeds_do_not_matter():
+    table = pd.DataFrame(rows({"prompt-tuning": PT, "supmer": BETTER}))
+    shuffled = pd.concat([table.iloc[:6].iloc[::-1], table.iloc[6:]])
+    pd.testing.assert_frame_equal(summarize(table, "prompt-tuning"), summarize(shuffled, "prompt-tuning"))
+    partial = summarize(table.drop(index=0), "prompt-tuning").set_index("method")
+    assert partial.loc["supmer", "difference"] == pytest.approx(100 * np.mean(np.array(BETTER[1:]) - PT[1:]))
+
+
+def test_gaps_by_hand():
+    outside = {"prompt-tuning": [0.5] * 6, "supmer": [value - 0.01 for value in BETTER]}
+    inside = {"prompt-tuning": PT, "supmer": BETTER}
+    table = pd.DataFrame(
+        rows(inside) + rows(outside, test="b") + rows(inside, train="b", test="b") + rows(inside, train="b", test="a")
+    )
+    found = gaps(table, "prompt-tuning").set_index(["train", "method"])
+    assert found.loc[("a", "prompt-tuning"), "gap"] == pytest.approx(100 * np.mean(PT) - 50)
+    assert found.loc[("a", "supmer"), "gap"] == pytest.approx(1)
+    assert found.loc[("a", "supmer"), "relative_gap"] == pytest.approx(1 / (100 * np.mean(PT) - 50))
+    assert found.loc[("a", "supmer"), "difference"] == pytest.approx(100 * np.mean(PT) - 51)
+    assert found.loc[(AVERAGE, "supmer"), "gap"] == pytest.approx(0.5)
+    assert gaps(pd.DataFrame(rows({"prompt-tuning": PT})), "prompt-tuning").empty
+
+
+def test_markdown_says_what_the_summary_says():
+    outside = {"prompt-tuning": [0.5] * 6, "supmer": [value - 0.01 for value in BETTER]}
+    table = pd.DataFrame(
+        rows({"prompt-tuning": PT, "supmer": BETTER, "zero-shot": [0.55] * 6}) + rows(outside, test="b")
+    )
+    text = markdown(table, "prompt-tuning", "Title", "A note.")
+    assert text.startswith("# Title\n\nA note.\n")
+    assert "| prompt-tuning | 62.7 ± 4.3 | 50.0 ± 0.0 |" in text
+    assert "| zero-shot | 55.0 ± 0.0 | – |" in text
+    assert "| supmer | +5.3 [" in text and "| a | supmer | 68.0 | 67.0 | 1.0 | +11.7 [" in text
+    assert "a → b" in text and "| supmer | 2.0 | 100 |" in text
+    only = markdown(table[table["method"] == "supmer"], "prompt-tuning", "T", "N")
+    assert "Paired" not in only and "| a | supmer | 68.0 | 67.0 | 1.0 | – | – |" in only
