@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar, get_args
+from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -40,6 +40,7 @@ class RegularizerConfig(_Section):
     enabled: bool = Field(True, description="false: ψ is the identity (the paper's ablation without ψ)")
     rank: int | None = Field(None, ge=1, description="rank of a layer; unset: min(1920, d)")
     layers: int = Field(2, ge=1, le=8)
+    gate: bool = Field(True, description="false: z = 0, ψ = ũ (the ablation without gate)")
     gate_hidden: int = Field(24, ge=1)
 
 
@@ -80,6 +81,7 @@ class CurriculumConfig(_Section):
     enabled: bool = Field(True, description="false: λ = 1, a task is never mixed with its partner")
     m: float = Field(2.0, gt=1.0, description="base of the curve from similarity s to b")
     a: float = Field(1.0, gt=0.0, description="first parameter of the Beta distribution")
+    b: float | None = Field(None, gt=0.0, description="b itself, whatever s is: mix-up without a curriculum")
     ema: float = Field(0.5, gt=0.0, le=1.0, description="weight of the newest similarity in s")
 
 
@@ -87,7 +89,12 @@ class MetaConfig(_Section):
     """The bi-level optimization."""
 
     steps: int = Field(2000, ge=1, description="meta-steps")
-    inner_steps: int = Field(1, ge=1, le=32)
+    inner_steps: int = Field(
+        1,
+        ge=0,
+        le=32,
+        description="0: the query loss under θ itself, a prompt that is pre-trained without meta-learning",
+    )
     inner_rate: float | tuple[float, ...] | None = Field(
         None, description="α, or one α for each inner step; unset: θ's current outer rate, as in the reference"
     )
@@ -108,6 +115,8 @@ class MetaConfig(_Section):
             raise ValueError(
                 f"inner_rate lists {len(self.inner_rate)} rates but inner_steps is {self.inner_steps}; make them equal"
             )
+        if self.learn_inner_rates and not self.inner_steps:
+            raise ValueError("learn_inner_rates needs inner steps; write inner_steps: 1 or more")
         if self.learn_inner_rates and self.inner_rate is None:
             raise ValueError("learn_inner_rates needs a starting inner_rate; write one, for example inner_rate: 0.1")
         return self
@@ -124,7 +133,10 @@ class WorkersConfig(_Section):
     precision: Literal["float32", "bfloat16", "float64"] | None = Field(
         None, description="of the frozen weights; unset: bfloat16 on a GPU, float32 on a CPU"
     )
-    tokens_per_micro_batch: int = Field(4096, ge=64, description="padded encoder tokens, prompt included")
+    tokens_per_micro_batch: int = Field(4096, ge=64, description="encoder tokens, prompt included")
+    checkpoint_activations: bool = Field(
+        False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
+    )
 
 
 class ScheduleConfig(_Section):
@@ -138,6 +150,12 @@ class ScheduleConfig(_Section):
     )
 
 
+class MonitoringConfig(_Section):
+    """Where a run's figures go, beside its metrics file and the cluster's metrics port."""
+
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+
+
 class RunConfig(_Section):
     """Everything about a meta-training run except its store and its output folder."""
 
@@ -148,6 +166,7 @@ class RunConfig(_Section):
     meta: MetaConfig = MetaConfig()
     workers: WorkersConfig = WorkersConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
 
     @model_validator(mode="after")
     def _tasks_divide(self) -> RunConfig:
@@ -157,6 +176,173 @@ class RunConfig(_Section):
                 "the tasks of a step must divide evenly over the workers"
             )
         return self
+
+
+class DimensionConfig(_Section):
+    """What a sweep tries for one setting: exactly one of the kinds."""
+
+    uniform: tuple[float, float] | None = Field(None, description="a number between the two")
+    loguniform: tuple[float, float] | None = Field(None, description="a positive number, each decade as likely")
+    int_: tuple[int, int] | None = Field(None, alias="int", description="a whole number, both ends included")
+    choice: tuple[Any, ...] | None = Field(None, description="one of these values")
+    simplex: tuple[str, ...] | None = Field(
+        None, description="weights of these task types, which sum to 1, every such mixture as likely"
+    )
+    each_inner_step: bool = Field(False, description="a value of its own for each inner step (meta.inner_rate only)")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DimensionConfig:
+        kinds = ("uniform", "loguniform", "int", "choice", "simplex")
+        given = [kind for kind in kinds if getattr(self, kind.replace("int", "int_")) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "none of them"
+            raise ValueError(f"write exactly one of {', '.join(kinds)}, not {said}")
+        for kind in ("uniform", "loguniform", "int_"):
+            bounds = getattr(self, kind)
+            if bounds is not None and bounds[0] >= bounds[1]:
+                raise ValueError(f"the first bound {bounds[0]} must be below the second, {bounds[1]}")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform starts at {self.loguniform[0]}; it needs a positive number")
+        if self.choice is not None and len(self.choice) < 2:
+            raise ValueError("choice needs at least two values")
+        if self.simplex is not None:
+            for name in self.simplex:
+                if name not in TASK_TYPES:
+                    raise ValueError(f"unknown task type '{name}'; {nearest(name, TASK_TYPES)}")
+            if len(set(self.simplex)) < max(2, len(self.simplex)):
+                raise ValueError("simplex needs at least two task types, each named once")
+        if self.each_inner_step and not (self.uniform or self.loguniform):
+            raise ValueError("each_inner_step needs uniform or loguniform")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """Values that span the dimension, to check them against the schema."""
+        if self.simplex:
+            return ({name: 1.0 for name in self.simplex},)
+        return self.uniform or self.loguniform or self.int_ or self.choice or ()
+
+
+class ObjectiveConfig(_Section):
+    """What a sweep makes best: validation loss (lowest), or the dev accuracy of a few-shot task (highest)."""
+
+    task: str | None = Field(
+        None, description="a task's name or YAML file; unset: mean validation loss, every task type weighing the same"
+    )
+    shots: int = Field(16, ge=1, description="K of the few-shot task; the dev split has as many")
+    seeds: int = Field(2, ge=1, description="data seeds of the few-shot task, averaged")
+    steps: int = Field(50, ge=1, description="adaptation steps of the few-shot task")
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        return "max" if self.task else "min"
+
+
+class AshaConfig(_Section):
+    """Asynchronous successive halving: of the trials that reach a rung, only the best go on."""
+
+    grace_steps: int = Field(ge=1, description="meta-steps that every trial gets")
+    reduction: float = Field(3.0, gt=1, description="one trial in so many goes on from a rung to the next")
+
+
+class PbtConfig(_Section):
+    """Population-based training: every so often, poor trials go on from a good one's snapshot with other rates."""
+
+    every_steps: int = Field(ge=1, description="meta-steps between two exchanges")
+    quantile: float = Field(0.25, gt=0, le=0.5, description="share of the trials that is poor, and that is good")
+    resample: float = Field(0.25, ge=0, le=1, description="how often a new rate is drawn anew, not changed by a fifth")
+
+
+LIVE_KEYS = (
+    "meta.inner_rate",
+    "meta.prompt_rate",
+    "meta.regularizer_rate",
+    "meta.inner_rate_rate",
+    "meta.clip",
+    "meta.curriculum.m",
+    "meta.curriculum.a",
+    "meta.curriculum.ema",
+)
+"""Settings that may change in the middle of a run, as population-based training does."""
+
+SWEPT_SECTIONS = ("prompt", "regularizer", "tasks", "meta")
+
+
+class SweepConfig(_Section):
+    """A search: where it starts, which settings it varies, how it chooses them, and what is best."""
+
+    base: RunConfig = Field(RunConfig(), description="the settings that all trials share")
+    space: dict[str, DimensionConfig] = Field(min_length=1, description="dotted key of a setting: what to try")
+    search: Literal["random", "tpe", "pbt"] = Field("tpe", description="how the next trial is chosen")
+    samples: int = Field(ge=1, description="trials; with pbt, the population")
+    objective: ObjectiveConfig = ObjectiveConfig()
+    asha: AshaConfig | None = Field(None, description="unset: every trial runs to its end")
+    pbt: PbtConfig | None = Field(None, description="with search: pbt")
+    concurrency: int | None = Field(None, ge=1, description="trials at a time; unset: as many as fit the cluster")
+    seed: int = Field(0, ge=0, description="of the search; the runs' own is base.seed")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> SweepConfig:
+        for key, dimension in self.space.items():
+            self._check_key(key, dimension)
+            for value in dimension.ends:
+                self._check_value(key, value)
+        if self.search == "pbt":
+            if self.pbt is None:
+                raise ValueError("search: pbt needs a section pbt; write pbt: {every_steps: …}")
+            if self.asha is not None:
+                raise ValueError("pbt and asha both decide which trials go on; leave asha out")
+            for key in self.space:
+                if key not in LIVE_KEYS:
+                    raise ValueError(
+                        f"pbt changes settings in the middle of a run, which '{key}' cannot bear; "
+                        f"it may be one of {', '.join(LIVE_KEYS)}"
+                    )
+            if self.base.meta.learn_inner_rates and "meta.inner_rate" in self.space:
+                raise ValueError("meta.learn_inner_rates learns what pbt would set by meta.inner_rate; switch one off")
+            if self.samples < 2:
+                raise ValueError("pbt needs a population of at least two; write samples: 4")
+        elif self.pbt is not None:
+            raise ValueError(f"a section pbt but search: {self.search}; write search: pbt, or leave the section out")
+        for name, steps in (
+            ("asha.grace_steps", self.asha and self.asha.grace_steps),
+            ("pbt.every_steps", self.pbt and self.pbt.every_steps),
+        ):
+            if steps and steps % self.base.schedule.validate_every:
+                raise ValueError(
+                    f"{name} is {steps}, but trials report every {self.base.schedule.validate_every} steps "
+                    "(base.schedule.validate_every); write a multiple of that"
+                )
+            if steps and steps > self.base.meta.steps:
+                raise ValueError(f"{name} is {steps}, more than the {self.base.meta.steps} steps of a trial")
+        return self
+
+    def _check_key(self, key: str, dimension: DimensionConfig) -> None:
+        *sections, last = key.split(".")
+        if sections and sections[0] in RunConfig.model_fields and sections[0] not in SWEPT_SECTIONS:
+            raise ValueError(f"'{key}' is not searched; only {', '.join(SWEPT_SECTIONS)} are")
+        known = list(_keys_at(RunConfig, sections))
+        if last not in known:
+            raise ValueError(f"unknown setting '{key}' in space; {nearest(last, known or _keys_at(RunConfig, []))}")
+        if key == "meta.steps" or not sections:
+            raise ValueError(f"'{key}' is not searched: it must be the same for all trials that are compared")
+        if (dimension.simplex is not None) != (key == "tasks.mixture") and not (
+            key == "tasks.mixture" and dimension.choice
+        ):
+            raise ValueError("simplex is for tasks.mixture, and tasks.mixture takes simplex or choice")
+        if dimension.each_inner_step and key != "meta.inner_rate":
+            raise ValueError(f"each_inner_step is for meta.inner_rate, not for '{key}'")
+
+    def _check_value(self, key: str, value: Any) -> None:
+        """A value that RunConfig refuses, whatever the others are, is refused now and not in a trial."""
+        values = assign(self.base.model_dump(mode="json"), key, value)
+        if key == "meta.inner_steps" and "meta.inner_rate" in self.space:
+            values["meta"]["inner_rate"] = None
+        try:
+            RunConfig.model_validate(values)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"space tries {key} = {value!r}: {reason}") from None
 
 
 class PrepareConfig(_Section):
@@ -190,6 +376,21 @@ class AdaptConfig(_Section):
     )
 
 
+class EvaluateConfig(_Section):
+    """How methods are compared: the adaptation, and the meta-training of those that have no checkpoint."""
+
+    backbone: str = Field("embedded", description="'embedded', a folder, or a hub name")
+    baseline: str = Field("prompt-tuning", description="the method that the others' differences are taken to")
+    pattern: int = Field(0, ge=0, description="which of a task's patterns; one that has fewer uses its last")
+    tokens_per_micro_batch: int = Field(4096, ge=64, description="encoder tokens, prompt included")
+    checkpoint_activations: bool = Field(
+        False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
+    )
+    adapt: AdaptConfig = AdaptConfig()
+    run: RunConfig = RunConfig()
+    prepare: PrepareConfig | None = Field(None, description="how to make the store where none is given")
+
+
 Section = TypeVar("Section", bound=BaseModel)
 
 
@@ -220,8 +421,11 @@ def build(schema: type[Section], values: Mapping[str, Any], where: str) -> Secti
 
 
 def _keys_at(schema: type[BaseModel], path: list[str]) -> Iterable[str]:
-    for key in path:
+    keys = iter(path)
+    for key in keys:
         annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
+        if get_origin(annotation) is dict:
+            next(keys, None)  # the user's own name of an entry
         # "Section | None" is a section that may be left out.
         sections = [part for part in (annotation, *get_args(annotation)) if _is_section(part)]
         if not sections:
@@ -266,19 +470,29 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set {assignment} has no '='; write --set key=value, for example --set meta.steps=500.")
-        *path, last = key.strip().split(".")
-        section = result
-        for part in path:
-            below = section.get(part) or {}
-            if not isinstance(below, Mapping):
-                raise UserError(f"--set {assignment}: '{part}' is a value, not a section.")
-            section[part] = dict(below)
-            section = section[part]
         try:
-            section[last] = yaml.safe_load(text)
+            result = assign(result, key.strip(), yaml.safe_load(text))
+        except KeyError as error:
+            raise UserError(f"--set {assignment}: '{error.args[0]}' is a value, not a section.") from None
         except yaml.YAMLError:
             raise UserError(f"--set {assignment}: '{text}' is not a YAML value; put it in quotes.") from None
     return result
+
+
+def assign(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`values` with one dotted key set; nothing of the original is changed.
+
+    Raises:
+        KeyError: a part of the key that is a value, not a section.
+    """
+    result = dict(values)
+    first, dot, rest = key.partition(".")
+    if not dot:
+        return {**result, first: value}
+    below = result.get(first) or {}
+    if not isinstance(below, Mapping):
+        raise KeyError(first)
+    return {**result, first: assign(below, rest, value)}
 
 
 def load_run_config(file: Path | None, assignments: Iterable[str] = ()) -> RunConfig:
@@ -286,3 +500,8 @@ def load_run_config(file: Path | None, assignments: Iterable[str] = ()) -> RunCo
     values = read_yaml(file) if file else {}
     where = str(file) if file else "the command line"
     return build(RunConfig, override(values, assignments), where)
+
+
+def load_sweep_config(file: Path) -> SweepConfig:
+    """A sweep's configuration from a search-space file."""
+    return build(SweepConfig, read_yaml(file), str(file))

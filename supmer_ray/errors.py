@@ -16,6 +16,10 @@ class UserError(Exception):
     """Input that cannot be used. The message is one sentence for the person who wrote the input."""
 
 
+class Stopped(Exception):
+    """Work that ended early because it was told to (SIGTERM, `ray job stop`, Ctrl-C), and can be gone on with."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A "did you mean …?" for `word`, or the list of what is known when nothing is near."""
     names = sorted(known)

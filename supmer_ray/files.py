@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, require_new_folder
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 
 def sha256(file: Path) -> str:
@@ -89,3 +94,137 @@ def read_sealed(folder: Path, what: str, name: str = "config.json") -> dict[str,
         if sha256(path) != digest:
             raise UserError(f"{path} is damaged (its digest is not the recorded one); use another copy of {what}.")
     return description
+
+
+@contextmanager
+def held(folder: Path, who: str) -> Iterator[None]:
+    """Keep `folder` to this process while the block runs, by a lock that ends with the process.
+
+    The lock lies beside the folder, so that the folder may be replaced meanwhile.
+
+    Args:
+        who: what works there, for the message ("a run").
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    with lock.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
+                raise BlockingIOError  # its holder has just ended and removed it
+        except BlockingIOError:
+            raise UserError(f"In {folder} {who} is going on; wait for its end, or name another folder.") from None
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+class Place:
+    """A folder that every node sees: a path, or a URI of an object store (`s3://…`, `gs://…`).
+
+    Object stores know neither folders nor appending; what is here works on both.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.remote = "://" in where
+        address, mark, query = where.partition("?")
+        self.where = address.rstrip("/") + mark + query if self.remote else str(Path(where).absolute())
+
+    def __str__(self) -> str:
+        return self.where
+
+    def __repr__(self) -> str:
+        return f"Place({self.where!r})"
+
+    def __truediv__(self, name: str) -> Place:
+        if not self.remote:
+            return Place(f"{self.where}/{name}")
+        address, mark, query = self.where.partition("?")
+        return Place(f"{address}/{name}{mark}{query}")
+
+    @property
+    def local(self) -> Path:
+        """The folder as a path of this machine."""
+        assert not self.remote, self.where
+        return Path(self.where)
+
+    @property
+    def parent(self) -> Place:
+        """The folder that holds this one."""
+        address, mark, query = self.where.partition("?")
+        return Place(address.rpartition("/")[0] + mark + query)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.where.partition("?")[0].rpartition("/")[2]
+
+    def filesystem(self) -> tuple[FileSystem, str]:
+        """The pyarrow file system and the path within it.
+
+        Raises:
+            UserError: pyarrow has no such file system.
+        """
+        from pyarrow import ArrowInvalid
+        from pyarrow.fs import FileSystem, LocalFileSystem
+
+        if not self.remote:
+            return LocalFileSystem(), self.where
+        try:
+            return FileSystem.from_uri(self.where)
+        except (ArrowInvalid, ValueError) as error:
+            raise UserError(
+                f"{self.where} cannot be used as a place ({error}); write a path, s3://… or gs://…."
+            ) from None
+
+    def read(self, name: str) -> str | None:
+        """The text of a file, or None where there is no such file."""
+        filesystem, path = self.filesystem()
+        try:
+            with filesystem.open_input_stream(f"{path}/{name}") as stream:
+                return stream.read().decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file, whole or not at all."""
+        if self.remote:
+            filesystem, path = self.filesystem()
+            with filesystem.open_output_stream(f"{path}/{name}") as stream:
+                stream.write(text.encode("utf-8"))
+            return
+        with whole_file(self.local / name) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+
+    def delete(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        from pyarrow.fs import FileType
+
+        filesystem, path = self.filesystem()
+        kind = filesystem.get_file_info(f"{path}/{name}").type
+        if kind == FileType.Directory:
+            filesystem.delete_dir(f"{path}/{name}")
+        elif kind == FileType.File:
+            filesystem.delete_file(f"{path}/{name}")
+
+    def listed(self) -> list[str]:
+        """The names of what lies here, sorted; nothing where there is no such folder."""
+        from pyarrow.fs import FileSelector
+
+        filesystem, path = self.filesystem()
+        return sorted(info.base_name for info in filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
+
+
+def require_new_place(place: Place, *, overwrite: bool, resume: bool) -> None:
+    """`require_new_folder` for the output of a command with `--resume`, wherever it lies."""
+    if not place.remote:
+        require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=True)
+    elif not (overwrite or resume) and place.listed():
+        raise UserError(
+            f"The output {place} already holds a run; choose another, or add --overwrite to replace it or "
+            "--resume to go on."
+        )

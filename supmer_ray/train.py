@@ -6,10 +6,13 @@ keeps its own snapshots beside them, from which `--resume` and a restarted worke
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
+import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,17 @@ from typing import Any
 from supmer_ray.cluster import connect, require_room
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
-from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.files import whole_folder, write_json
-from supmer_ray.meta.loop import METRICS_FILE, REFUSAL_FILE, worker_loop
+from supmer_ray.errors import Stopped, UserError
+from supmer_ray.files import Place, held, read_sealed, require_new_place, whole_folder
+from supmer_ray.meta.loop import METRICS_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, worker_loop
+from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.tasks.types import require_domains
 
 CHECKPOINT = "checkpoint"
 CONFIG_FILE = "run.json"
+
+FOLLOW_SECONDS = 0.5
+"""How often the driver looks at the metrics file."""
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with every row of `metrics.jsonl` as it appears."""
@@ -34,18 +41,26 @@ class TrainResult:
     """Where a run's outcome lies.
 
     Attributes:
-        checkpoint: folder with θ and ψ_φ.
-        metrics: the file with one row a step.
+        out: the run's folder, or its URI.
     """
 
-    checkpoint: Path
-    metrics: Path
+    out: Place
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder with θ and ψ_φ, of a run on a path."""
+        return self.out.local / CHECKPOINT
+
+    @property
+    def metrics(self) -> Path:
+        """The file with one row a step, of a run on a path."""
+        return self.out.local / METRICS_FILE
 
 
 def train(
     config: RunConfig,
     store: Path,
-    out: Path,
+    out: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -55,70 +70,188 @@ def train(
 
     Args:
         store: what `prepare` wrote.
-        out: the run's folder; on a cluster it must be a path that every node sees.
+        out: the run's folder, or the URI of one (`s3://…`); on a cluster every node must see it.
         resume: go on from the last snapshot in `out`, under the configuration that stands there.
         overwrite: replace what `out` holds.
 
     Raises:
-        UserError: unusable input, or too few free CPUs; nothing was written.
+        UserError: unusable input, too few free CPUs, or another run in `out`; nothing was written.
+        Stopped: SIGTERM or SIGINT came; what was learned until then is kept for `resume`.
     """
+    place, store = Place(str(out)), store.resolve()
+    require_domains(Store.open(store), config.tasks.types)
+    require_new_place(place, overwrite=overwrite, resume=resume)
+    require_loggers(config.monitoring.loggers, place)
+    if resume:
+        _require_same_run(place, config, store)
+    with nullcontext() if place.remote else held(place.local, "a run"):
+        resources = connect()
+        require_room(resources, config.workers)
+        gpu = resources.gpus >= config.workers.count if config.workers.gpu is None else config.workers.gpu
+        if overwrite:
+            place.parent.delete(place.name)
+        place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
+        settings = {"store": str(store), "config": config.model_dump(mode="json")}
+        place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+        for left in (REFUSAL_FILE, STOP_FILE):
+            place.delete(left)
+        _forget_damaged_notes(place)
+        _fit(RunPlan(config, store, place), gpu=gpu, progress=progress)
+        return _conclude(place)
+
+
+def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None) -> Any:
+    """The Ray Train trainer of a run; its snapshots lie in the plan's folder."""
+    # Without it the run does not show in the dashboard's Train view.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    require_domains(Store.open(store), config.tasks.types)
-    out, store = out.resolve(), store.resolve()
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
-    if resume:
-        _require_same_run(out, config, store)
-    resources = connect()
-    require_room(resources, config.workers)
-    gpu = resources.gpus >= config.workers.count if config.workers.gpu is None else config.workers.gpu
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / CONFIG_FILE, {"store": str(store), "config": config.model_dump(mode="json")})
-
-    trainer = TorchTrainer(
+    workers = plan.config.workers
+    filesystem, path = plan.out.filesystem()
+    parent, _, name = path.rpartition("/")
+    return TorchTrainer(
         worker_loop,
-        train_loop_config={"config": config.model_dump(mode="json"), "store": str(store), "out": str(out)},
+        train_loop_config={"plan": plan},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers.count,
+            num_workers=workers.count,
             use_gpu=gpu,
-            resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if gpu else {})},
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=out.name,
-            storage_path=str(out.parent),
-            failure_config=ray.train.FailureConfig(max_failures=config.workers.max_failures),
+            name=name,
+            storage_path=parent,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=callbacks,
         ),
     )
-    refusal = out / REFUSAL_FILE
-    refusal.unlink(missing_ok=True)
-    with _Follow(out / METRICS_FILE, progress):
-        result = trainer.fit()
-    if refusal.exists():
-        sentence = refusal.read_text(encoding="utf-8")
-        if result.checkpoint is None:
-            shutil.rmtree(out)
+
+
+def _fit(plan: RunPlan, *, gpu: bool, progress: Progress | None) -> None:
+    """Run the trainer and pass the metrics rows on, until it ends or a signal asks for the end."""
+    trainer = make_trainer(plan, gpu=gpu)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    # Not in the main thread: Ray Train's own handler of SIGINT throws away what was not yet saved.
+    thread = threading.Thread(target=run, daemon=True)
+    follow = _Follow(plan.out, progress)
+    with _stop_signals(plan.out) as told:
+        thread.start()
+        while thread.is_alive():
+            thread.join(FOLLOW_SECONDS)
+            follow.look()
+        follow.look()
+    if failures:
+        if any(_is_disk_full(error) for error in failures):
+            raise UserError(
+                f"There is no room left where {plan.out} lies; make some and go on with --resume."
+            ) from failures[0]
+        raise failures[0]
+    if told and follow.step < plan.config.meta.steps:
+        raise Stopped(f"the run in {plan.out} was stopped; go on with it by --resume.")
+
+
+def _conclude(place: Place) -> TrainResult:
+    """Make the last snapshot the run's checkpoint, or say why there is none."""
+    from pyarrow.fs import copy_files
+
+    sentence = place.read(REFUSAL_FILE)
+    snapshots = snapshots_in(place)
+    if sentence is not None:
+        if not snapshots:
+            place.parent.delete(place.name)
         raise UserError(sentence)
-    if result.checkpoint is None:
-        raise RuntimeError(f"The run in {out} ended without a checkpoint.")
-    with result.checkpoint.as_directory() as snapshot, whole_folder(out / CHECKPOINT) as folder:
-        shutil.copytree(snapshot, folder, dirs_exist_ok=True)
-    return TrainResult(out / CHECKPOINT, out / METRICS_FILE)
+    if not snapshots:
+        raise RuntimeError(f"The run in {place} ended without a checkpoint.")
+    last = snapshots[0]
+    if place.remote:
+        filesystem, path = place.filesystem()
+        copy_files(last.path, f"{path}/{CHECKPOINT}", source_filesystem=filesystem, destination_filesystem=filesystem)
+    else:
+        read_sealed(Path(last.path), "a checkpoint")
+        with whole_folder(place.local / CHECKPOINT) as folder:
+            copy_files(last.path, str(folder))
+    return TrainResult(place)
 
 
-def _require_same_run(out: Path, config: RunConfig, store: Path) -> None:
+@contextmanager
+def _stop_signals(place: Place) -> Iterator[list[int]]:
+    """While the block runs, SIGTERM and SIGINT ask the workers to save and end; a second one ends at once.
+
+    Yields:
+        The signals that came.
+    """
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+        place.write(STOP_FILE, "")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether a failure, or one of those behind it, is that of a full disk (or quota, or file size limit)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(_is_disk_full(worker) for worker in getattr(error, "worker_failures", {}).values()):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__
+    return False
+
+
+def _forget_damaged_notes(place: Place) -> None:
+    """Remove Ray Train's note of a run's snapshots where it is damaged, or names some that are gone.
+
+    A disk that was full, or a kill in the middle of writing, leaves such a note, and Ray Train refuses to
+    start with it. Our workers find the snapshots without it.
+    """
+    note = "checkpoint_manager_snapshot.json"
+    text = place.read(note)
+    if text is None:
+        return
+    here = set(place.listed())
+    try:
+        named = [entry["checkpoint_dir_name"] for entry in json.loads(text)["checkpoint_results"]]
+        whole = here.issuperset(named)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        place.delete(note)
+
+
+def _require_same_run(out: Place, config: RunConfig, store: Path) -> None:
     """Refuse to resume under another configuration than the run was started with."""
-    file = out / CONFIG_FILE
-    if not file.is_file():
+    text = out.read(CONFIG_FILE)
+    if text is None:
         raise UserError(f"{out} holds no run to resume ({CONFIG_FILE} is missing); start without --resume.")
-    started = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        started = json.loads(text)
+    except json.JSONDecodeError:
+        raise UserError(f"{out}/{CONFIG_FILE} is damaged; start the run anew with --overwrite.") from None
     now = config.model_dump(mode="json")
     for section, values in started["config"].items():
-        if section not in ("workers", "schedule") and now[section] != values:
+        if section not in ("workers", "schedule", "monitoring") and now[section] != values:
             raise UserError(
                 f"The run in {out} was started with other values under '{section}'; resume with the same "
                 "configuration, or start a new run."
@@ -128,37 +261,40 @@ def _require_same_run(out: Path, config: RunConfig, store: Path) -> None:
 
 
 class _Follow:
-    """Passes the rows of a growing metrics file on, while the `with` block runs."""
+    """Passes the new rows of a growing metrics file on, at each look.
 
-    def __init__(self, file: Path, progress: Progress | None) -> None:
-        self._file, self._progress = file, progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    Attributes:
+        step: the last one that was seen.
+    """
 
-    def __enter__(self) -> None:
-        if self._progress:
-            self._thread.start()
+    def __init__(self, out: Place, progress: Progress | None) -> None:
+        self._out, self._progress = out, progress
+        self._read = self.step = 0
 
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        if self._progress:
-            self._thread.join()
+    def look(self) -> None:
+        new = self._new()
+        complete, newline, _ = new.rpartition(b"\n")
+        self._read += len(complete) + len(newline)
+        for line in complete.splitlines():
+            row = json.loads(line)
+            self.step = row["step"]
+            if self._progress:
+                self._progress(row)
 
-    def _run(self) -> None:
-        assert self._progress
-        read = 0
-        while True:
-            last_look = self._stop.is_set()
-            if self._file.exists():
-                if self._file.stat().st_size < read:
-                    read = 0  # a restarted worker dropped the rows of its lost steps
-                with self._file.open("rb") as stream:
-                    stream.seek(read)
-                    for line in stream:
-                        if not line.endswith(b"\n"):
-                            break
-                        read += len(line)
-                        self._progress(json.loads(line))
-            if last_look:
-                return
-            self._stop.wait(0.5)
+    def _new(self) -> bytes:
+        """What stands behind the bytes read so far, or everything after the file got shorter.
+
+        A restarted worker drops the rows of its lost steps.
+        """
+        if self._out.remote:
+            whole = (self._out.read(METRICS_FILE) or "").encode()
+            self._read = 0 if len(whole) < self._read else self._read
+            return whole[self._read :]
+        file = self._out.local / METRICS_FILE
+        if not file.exists():
+            return b""
+        with file.open("rb") as stream:
+            if stream.seek(0, 2) < self._read:
+                self._read = 0
+            stream.seek(self._read)
+            return stream.read()

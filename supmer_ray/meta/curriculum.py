@@ -21,7 +21,8 @@ def draw_mixing(config: CurriculumConfig, similarity: float, seed: int, task_ind
     if not config.enabled:
         return 1.0
     draw = np.random.default_rng([seed, task_index, 0xBE7A])
-    return float(draw.beta(config.a, config.a * beta_scale(similarity, config.m)))
+    b = beta_scale(similarity, config.m) if config.b is None else config.b
+    return float(draw.beta(config.a, config.a * b))
 
 
 def running_similarity(before: float | None, mean: float, ema: float) -> float:

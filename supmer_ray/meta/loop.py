@@ -1,30 +1,33 @@
-"""What each Ray Train worker runs: its share of every meta-step, and the common update.
+"""What each worker of a run does: its share of every meta-step, and the common update.
 
 A worker draws its shard of each step's tasks, computes their summed meta-gradients, adds them up with
 the other workers' in one flat vector, and applies the same mean update as everyone: N workers with
 T/N tasks each give the one-worker result with T tasks. There is no DDP wrapper, because the backbone
-is frozen and the step calls `autograd.grad` itself.
+is frozen and the step calls `autograd.grad` itself. Ray Train starts the workers of a run
+(`worker_loop`); a trial of a sweep that needs one worker is that worker itself (`tune.py`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
 
-from supmer_ray.config import RunConfig, build
+from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
+from supmer_ray.files import Place, read_sealed
 from supmer_ray.meta.curriculum import draw_mixing, running_similarity
 from supmer_ray.meta.state import MetaState
 from supmer_ray.meta.step import MetaGradients, MetaStep
@@ -38,18 +41,30 @@ METRICS_FILE = "metrics.jsonl"
 REFUSAL_FILE = "refused.txt"
 """Where a worker leaves the sentence for a run that no restart could mend."""
 
+STOP_FILE = "stop"
+"""Where a driver that was told to stop asks its workers to save and end."""
 
-def reduce_sums(found: MetaGradients, mixing_sum: float) -> tuple[MetaGradients, dict[str, float]]:
+GROUP_FILE = "placement_group"
+"""Where a run within a sweep notes what it has reserved, for the sweep to free if the trial is stopped."""
+
+STOP_LOOK_SECONDS = 0.5
+"""How often a worker looks for it: `ray job stop` gives a driver three seconds."""
+
+
+def reduce_sums(
+    found: MetaGradients, mixing_sum: float, stop: bool = False
+) -> tuple[MetaGradients, dict[str, float], bool]:
     """Mean gradients and mean per-task metrics over the tasks of all workers, by one all-reduce.
 
     Args:
         found: this worker's sums.
         mixing_sum: Σ over this worker's tasks of their λ.
+        stop: this worker was told to stop; the third result says whether any was, alike on all of them.
     """
     names = sorted(found.tasks)
     parts = [found.prompt, *found.regularizer, found.inner_rates]
     sums = torch.stack([found.tasks[name].sum() for name in names]).to(found.prompt)
-    extra = torch.tensor([mixing_sum, len(found.tasks[names[0]])]).to(found.prompt)
+    extra = torch.tensor([mixing_sum, float(stop), len(found.tasks[names[0]])]).to(found.prompt)
     flat = torch.cat([*(part.reshape(-1).to(found.prompt.dtype) for part in parts), sums, extra])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
@@ -59,9 +74,9 @@ def reduce_sums(found: MetaGradients, mixing_sum: float) -> tuple[MetaGradients,
     for part in parts:
         means.append(flat[start : start + part.numel()].view(part.shape))
         start += part.numel()
-    values = flat[start:].tolist()
+    *values, asked = flat[start:].tolist()
     metrics = dict(zip([*names, "mixing"], values, strict=True))
-    return replace(found, prompt=means[0], regularizer=means[1:-1], inner_rates=means[-1]), metrics
+    return replace(found, prompt=means[0], regularizer=means[1:-1], inner_rates=means[-1]), metrics, asked > 0
 
 
 @dataclass
@@ -73,6 +88,7 @@ class Learner:
     state: MetaState
     rank: int = 0
     workers: int = 1
+    stopping: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.step = MetaStep(
@@ -82,10 +98,11 @@ class Learner:
             token_budget=self.config.workers.tokens_per_micro_batch,
         )
 
-    def train_step(self, batch: TaskBatch) -> dict[str, Any]:
+    def train_step(self, batch: TaskBatch, *, stop: bool = False) -> dict[str, Any]:
         """One meta-step with this worker's share of the tasks; returns the step's metrics.
 
-        A step with a gradient that is not finite is left out on all workers alike, and counted.
+        A step with a gradient that is not finite is left out on all workers alike, and counted. `stop`
+        says that this worker was asked to end the run; afterwards all workers have `stopping` set alike.
 
         Raises:
             FloatingPointError: too many such steps in a row.
@@ -98,8 +115,12 @@ class Learner:
         )
         rates = self.state.inner_rates()
         found = self.step(self.state.prompt, rates, batch, lambdas[batch.query.task])
-        mean, metrics = reduce_sums(found, float(lambdas.sum()))
-        finite = bool(torch.isfinite(torch.stack([g.sum() for g in (mean.prompt, *mean.regularizer)])).all())
+        reducing = time.perf_counter()
+        mean, metrics, self.stopping = reduce_sums(found, float(lambdas.sum()), stop)
+        reduced = time.perf_counter() - reducing
+        seconds = {**found.seconds(), "reduce": reduced}
+        gradients = (mean.prompt, *mean.regularizer, mean.inner_rates)
+        finite = bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).all())
         if finite:
             metrics |= self.state.apply(mean)
             progress.similarity = running_similarity(
@@ -119,17 +140,17 @@ class Learner:
             "task_type": batch.names[0],
             **metrics,
             "running_similarity": progress.similarity,
-            "inner_rate": float(rates.mean()),
+            "inner_rate": float(rates.mean()) if len(rates) else 0.0,
             "prompt_norm": float(self.state.prompt.detach().norm(dim=1).mean()),
             "skipped": progress.skipped,
+            **{f"{phase}_seconds": value for phase, value in seconds.items()},
         }
 
-    def validate(self, builder: TaskBuilder) -> dict[str, dict[str, float]]:
+    def validate(self, builder: TaskBuilder, types: Sequence[str]) -> dict[str, dict[str, float]]:
         """Query loss and accuracy after the inner steps, by task type, on the fixed validation tasks.
 
         The inner rate does not decay here, so that figures of different steps can be compared.
         """
-        types = self.config.tasks.types
         each = self.config.schedule.validation_tasks
         sums = torch.zeros(len(types), 3, device=self.backbone.device)
         rates = self.state.inner_rates(decayed=False)
@@ -146,23 +167,113 @@ class Learner:
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; a resumed run first drops what its lost steps had written."""
+    """Appends rows to `metrics.jsonl`; a resumed run first drops what its lost steps had written.
 
-    def __init__(self, file: Path, step: int) -> None:
-        self.file = file
-        kept = []
-        if file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step and step > 0:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
-                    break  # the line that a killed worker did not finish
-        file.write_text("".join(kept), encoding="utf-8")
+    An object store cannot append: there, the file is written anew every few seconds and by `flush`.
+    """
+
+    REMOTE_SECONDS = 5.0
+
+    def __init__(self, out: Place, step: int) -> None:
+        self.out = out
+        self._rows: list[str] = []
+        for line in (out.read(METRICS_FILE) or "").splitlines():
+            try:
+                if json.loads(line)["step"] <= step and step > 0:
+                    self._rows.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break  # the line that a killed worker did not finish
+        self._write_all()
+
+    def _write_all(self) -> None:
+        self._written = time.monotonic()
+        self.out.write(METRICS_FILE, "".join(self._rows))
+
+    def flush(self) -> None:
+        """Write what is still held back."""
+        if self.out.remote:
+            self._write_all()
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        if self.out.remote:
+            self._rows.append(line)
+            if time.monotonic() - self._written > self.REMOTE_SECONDS:
+                self._write_all()
+            return
+        with (self.out.local / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+
+class Host(Protocol):
+    """What runs a worker: Ray Train, or a trial of Ray Tune.
+
+    Attributes:
+        rank, workers: this worker's number among all of the run.
+        local_workers: workers on this node, who share its cores.
+        device: where the backbone lies.
+    """
+
+    rank: int
+    workers: int
+    local_workers: int
+    device: torch.device
+
+    def snapshots(self) -> Sequence[Any]:
+        """The snapshots of the run as Ray `Checkpoint`s, newest first."""
+
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Tell the driver, and keep the snapshot that `write` makes in an empty folder."""
+
+
+class TrainHost:
+    """A worker that Ray Train started."""
+
+    def __init__(self, out: Place) -> None:
+        import ray.train
+        import ray.train.torch
+
+        self._out = out
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.local_workers = context.get_local_world_size()
+        self.device = ray.train.torch.get_device()
+
+    def snapshots(self) -> Sequence[Any]:
+        # Not Ray's own note of the latest: it may have been cut short itself when a disk was full.
+        return snapshots_in(self._out)
+
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+        import ray.train
+
+        if self.rank:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+Objective = Callable[[Learner, dict[str, dict[str, float]]], dict[str, Any]]
+"""What a sweep wants to know after each validation: the learner and the validation's figures go in."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, as every worker of it is told.
+
+    Attributes:
+        store: what `prepare` wrote.
+        out: the folder of the metrics file, seen by all nodes.
+        validation_types: the task types to validate on; None: those of the mixture.
+        objective: reported with a snapshot after each validation, in place of the regular snapshots.
+    """
+
+    config: RunConfig
+    store: Path
+    out: Place
+    validation_types: tuple[str, ...] | None = None
+    objective: Objective | None = None
 
 
 def worker_loop(settings: dict[str, Any]) -> None:
@@ -172,67 +283,88 @@ def worker_loop(settings: dict[str, Any]) -> None:
     finite) ends the run with a sentence for the driver, instead of restarts that would find it again.
 
     Args:
-        settings: `config` (the run's configuration), `store` and `out`.
+        settings: `plan`, the `RunPlan`.
     """
+    plan: RunPlan = settings["plan"]
+    if plan.objective:
+        _note_group(plan.out)
     try:
-        _work(settings)
+        meta_train(plan, TrainHost(plan.out))
     except (UserError, FloatingPointError) as error:
-        (Path(settings["out"]) / REFUSAL_FILE).write_text(str(error), encoding="utf-8")
+        plan.out.write(REFUSAL_FILE, str(error))
 
 
-def _work(settings: dict[str, Any]) -> None:
-    import ray.train
-    import ray.train.torch
+def _note_group(out: Place) -> None:
+    from ray.util.placement_group import get_current_placement_group
 
+    if group := get_current_placement_group():
+        out.write(GROUP_FILE, group.id.hex())
+
+
+def meta_train(plan: RunPlan, host: Host) -> None:
+    """All the meta-steps of a run that are still to do, as one worker of it.
+
+    Raises:
+        UserError: settings, store and backbone do not fit each other.
+        FloatingPointError: too many steps in a row whose gradient is not finite.
+    """
+    from supmer_ray.monitoring.loggers import figures, open_loggers
+    from supmer_ray.monitoring.series import RunSeries
     from supmer_ray.tasks.stream import ShardSource, stream_shards
 
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    config = build(RunConfig, settings["config"], "the run's configuration")
-    store = Store.open(settings["store"])
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
+    config, rank = plan.config, host.rank
+    store = Store.open(plan.store)
+    if host.device.type == "cpu":
         # Builders are idle most of the time, so a CPU worker may use its whole share of the node.
-        share = (os.cpu_count() or 1) // context.get_local_world_size()
+        share = (os.cpu_count() or 1) // host.local_workers
         torch.set_num_threads(max(1, int(config.workers.cpus), share))
     dtype = getattr(torch, config.workers.precision) if config.workers.precision else None
-    backbone = load_backbone(store.manifest.backbone.name, device=device, dtype=dtype)
+    backbone = load_backbone(store.manifest.backbone.name, device=host.device, dtype=dtype)
     require_same_backbone(store, backbone)
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            state = MetaState.resume(Path(folder), config, backbone)
-    else:
-        state = MetaState.fresh(config, backbone)
-    learner = Learner(config, backbone, state, rank, workers)
+    if config.workers.checkpoint_activations:
+        backbone.checkpoint_activations()
     formats = make_formats(config, backbone)
+
+    state, damaged = restore(host.snapshots(), config, backbone)
+    learner = Learner(config, backbone, state, rank, host.workers)
     builder = TaskBuilder(store, formats, config.tasks, config.seed)
-    log = MetricsLog(Path(settings["out"]) / METRICS_FILE, state.progress.step) if rank == 0 else None
+    log = MetricsLog(plan.out, state.progress.step) if rank == 0 else None
+    series = RunSeries(plan.out.name, config.tasks.tasks_per_step, host.workers) if rank == 0 else None
+    loggers = open_loggers(config, plan.out) if rank == 0 else []
     identity = checkpoint_identity(store)
 
-    def report(metrics: dict[str, Any]) -> None:
-        if rank:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            state.save(Path(folder), identity)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-    def validate() -> None:
-        found = learner.validate(builder)
+    def write(row: dict[str, Any]) -> None:
         if log:
-            log.write({"kind": "validation", "step": state.progress.step, "validation": found})
+            log.write(row)
+        if series:
+            series.row(row)
+        found = dict(figures(row))
+        for logger in loggers if found else ():
+            logger.log(row["step"], found)
 
+    def validate() -> dict[str, dict[str, float]]:
+        found = learner.validate(builder, plan.validation_types or config.tasks.types)
+        write({"kind": "validation", "step": state.progress.step, "validation": found})
+        return found
+
+    def report(metrics: dict[str, Any]) -> None:
+        if log:
+            log.flush()
+        host.report(metrics, lambda folder: state.save(folder, identity))
+
+    for sentence in damaged:
+        text = f"{sentence} The run goes on from step {state.progress.step} instead."
+        write({"kind": "notice", "step": state.progress.step, "text": text})
     if state.progress.step == 0:
         validate()
     schedule, last = config.schedule, config.meta.steps
     steps = range(state.progress.step, last)
-    source = ShardSource(Path(settings["store"]), formats, config.tasks, config.seed, rank, workers)
+    source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
     shards = stream_shards(source, steps, builders=config.workers.builders)
+    asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and plan.out.read(STOP_FILE) is not None)
     for batch, waited in _timed(shards):
         started = time.perf_counter()
-        metrics = learner.train_step(batch)
+        metrics = learner.train_step(batch, stop=asked())
         seconds = time.perf_counter() - started
         done = state.progress.step
         row = {
@@ -243,12 +375,52 @@ def _work(settings: dict[str, Any]) -> None:
             "data_wait_seconds": waited,
             "tokens": int(batch.support.offsets[-1] + batch.query.offsets[-1] + batch.partner.offsets[-1]),
         }
-        if log:
-            log.write(row)
-        if done % schedule.validate_every == 0 or done == last:
-            validate()
-        if done % schedule.checkpoint_every == 0 or done == last:
+        write(row)
+        validated = done % schedule.validate_every == 0 or done == last
+        found = validate() if validated else {}
+        if plan.objective:
+            if validated:
+                report({"step": done, **plan.objective(learner, found)})
+        elif done % schedule.checkpoint_every == 0 or done == last or learner.stopping:
             report({name: value for name, value in row.items() if name != "kind"})
+        if learner.stopping:
+            text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."
+            write({"kind": "notice", "step": done, "text": text})
+            break
+    for logger in loggers:
+        logger.close()
+    if log:
+        log.flush()
+
+
+def snapshots_in(run: Place) -> list[Any]:
+    """The snapshots that lie in a run's folder, as Ray `Checkpoint`s, newest first (their names hold their time)."""
+    from ray.train import Checkpoint
+
+    filesystem, path = run.filesystem()
+    names = sorted((name for name in run.listed() if name.startswith("checkpoint_")), reverse=True)
+    return [Checkpoint(f"{path}/{name}", filesystem) for name in names if not name.endswith(".json")]
+
+
+def restore(snapshots: Sequence[Any], config: RunConfig, backbone: Backbone) -> tuple[MetaState, list[str]]:
+    """The state to go on from: the newest snapshot that is whole, or a fresh one where there is none.
+
+    Returns:
+        The state, and one sentence for each damaged snapshot that was passed over.
+
+    Raises:
+        UserError: they belong to another run.
+    """
+    damaged: list[str] = []
+    for snapshot in snapshots:
+        with snapshot.as_directory() as folder:
+            try:
+                read_sealed(Path(folder), "a checkpoint")
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+            return MetaState.resume(Path(folder), config, backbone), damaged
+    return MetaState.fresh(config, backbone), damaged
 
 
 def require_same_backbone(store: Store, backbone: Backbone) -> None:
@@ -284,6 +456,19 @@ def make_formats(config: RunConfig, backbone: Backbone) -> Formats:
         )
     tasks = config.tasks
     return Formats.of(backbone, tasks.max_length, tasks.anchor_length, tasks.candidate_length)
+
+
+class Every:
+    """Asks a question no more often than every so many seconds; between, the last answer stands."""
+
+    def __init__(self, seconds: float, question: Callable[[], bool]) -> None:
+        self._seconds, self._question = seconds, question
+        self._asked, self._answer = -math.inf, False
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._asked >= self._seconds:
+            self._asked, self._answer = time.monotonic(), self._question()
+        return self._answer
 
 
 def _timed(shards: Iterator[TaskBatch]) -> Iterator[tuple[TaskBatch, float]]:

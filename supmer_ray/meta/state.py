@@ -51,7 +51,7 @@ def make_regularizer(config: RunConfig, d_model: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         own = config.regularizer
-        return Regularizer(d_model, own.rank, own.layers, own.gate_hidden)
+        return Regularizer(d_model, own.rank, own.layers, own.gate_hidden, gated=own.gate)
 
 
 @dataclass
@@ -154,7 +154,8 @@ class MetaState:
         if not (folder / "optimizer.safetensors").is_file():
             raise UserError(f"{folder} holds no optimizer.safetensors, so it cannot be resumed; start a new run.")
         tensors = load_file(folder / "optimizer.safetensors", device=str(backbone.device))
-        log_rates = nn.Parameter(tensors.pop("log_rates"))
+        learned = nn.Parameter(tensors.pop("log_rates"))
+        log_rates = learned if config.meta.learn_inner_rates else _log_rates(config, backbone.device)
         progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
         state = MetaState(config, nn.Parameter(checkpoint.prompt), checkpoint.regularizer, log_rates, progress)
         slots: dict[int, dict[str, Tensor]] = {}

@@ -2,17 +2,22 @@
 
 import pytest
 import ray
+from comparing import along_shots, compared, plan, tasks  # noqa: F401
+from faults import SETTINGS
 from tiny import make_tiny_t5
 
-from supmer_ray.config import PrepareConfig
+from supmer_ray.config import PrepareConfig, load_run_config
 from supmer_ray.data.catalog import unlabelled
 from supmer_ray.data.prepare import prepare
+from supmer_ray.train import train
 
 
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A cluster of two CPUs on this machine, whatever the machine has."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # Metrics reach the node's port every second, not every ten.
+    reporting = {"metrics_report_interval_ms": 1000}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=reporting)
     yield
     ray.shutdown()
 
@@ -35,3 +40,9 @@ def tiny_store(ray_cluster, tiny_t5, tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny-store") / "store"
     prepare(PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=12, max_documents=60), out)
     return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_cluster, tiny_store, tmp_path_factory):
+    """A run from beginning to end, that the disturbed ones are compared with."""
+    return train(load_run_config(None, SETTINGS), tiny_store, tmp_path_factory.mktemp("runs") / "undisturbed")

@@ -1,51 +1,16 @@
 """Real Ray Train runs on real text: a run, a killed worker, a resumed job, and what is refused."""
 
 import json
-import os
 import shutil
-import signal
 
-import psutil
 import pytest
-import torch
+from faults import SETTINGS, assert_same_weights, kill_workers, rows_of
 from safetensors.torch import load_file
 
 from supmer_ray.config import TASK_TYPES, PrepareConfig, load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import UserError
 from supmer_ray.train import train
-
-SETTINGS = [
-    "prompt.length=5",
-    "meta.steps=12",
-    "meta.prompt_rate=0.3",
-    "meta.inner_rate=0.3",
-    "tasks.tasks_per_step=2",
-    "tasks.support=6",
-    "tasks.query=6",
-    "tasks.max_length=120",
-    "schedule.validate_every=12",
-    "schedule.checkpoint_every=3",
-    "schedule.validation_tasks=2",
-]
-
-
-def rows_of(file, kind):
-    return [row for row in map(json.loads, file.read_text().splitlines()) if row["kind"] == kind]
-
-
-@pytest.fixture(scope="session")
-def undisturbed(ray_cluster, tiny_store, tmp_path_factory):
-    """A run from beginning to end, that the disturbed ones are compared with."""
-    return train(load_run_config(None, SETTINGS), tiny_store, tmp_path_factory.mktemp("runs") / "undisturbed")
-
-
-def assert_same_weights(one, other):
-    for name in ("prompt.safetensors", "regularizer.safetensors", "optimizer.safetensors"):
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            assert torch.equal(value, second[key]), (name, key)
 
 
 def test_the_meta_loss_falls_on_validation_tasks_of_every_type(undisturbed):
@@ -70,13 +35,7 @@ def test_a_killed_worker_changes_nothing(undisturbed, tiny_store, tmp_path):
 
     def kill_at_step_five(row):
         if row["kind"] == "step" and row["step"] == 5 and not killed:
-            workers = [process for process in psutil.process_iter(["cmdline"]) if is_worker(process)]
-            killed.extend(process.pid for process in workers)
-            for process in workers:
-                os.kill(process.pid, signal.SIGKILL)
-
-    def is_worker(process):
-        return any("RayTrainWorker" in part for part in process.info["cmdline"] or ())
+            killed.extend(kill_workers())
 
     # Slow enough steps that the kill falls before the end: the disturbed run follows its own metrics file.
     result = train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "killed", progress=kill_at_step_five)
@@ -85,20 +44,28 @@ def test_a_killed_worker_changes_nothing(undisturbed, tiny_store, tmp_path):
     assert_same_weights(result.checkpoint, undisturbed.checkpoint)
 
 
-def test_a_stopped_job_resumes_bit_for_bit(undisturbed, tiny_store, tmp_path):
+def test_a_stopped_run_resumes_bit_for_bit_even_from_damaged_snapshots(undisturbed, tiny_store, tmp_path):
+    """The newest snapshot and Ray Train's note of it are cut short: the one before is used, and the log says so."""
     out = tmp_path / "stopped"
     config = load_run_config(None, [*SETTINGS, "workers.max_failures=0"])
 
     def stop(row):
         if row["kind"] == "step" and row["step"] == 7:
-            for process in psutil.process_iter(["cmdline"]):
-                if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
-                    os.kill(process.pid, signal.SIGKILL)
+            kill_workers()
 
     with pytest.raises(Exception, match="Training failed"):
         train(config, tiny_store, out, progress=stop)
     assert not (out / "checkpoint").exists()
-    result = train(config, tiny_store, out, resume=True)
+    before, newest = sorted(out.glob("checkpoint_2*"))
+    for file in (newest / "optimizer.safetensors", out / "checkpoint_manager_snapshot.json"):
+        file.write_bytes(file.read_bytes()[:-100])
+
+    said = []
+    result = train(config, tiny_store, out, resume=True, progress=said.append)
+    (notice,) = [row for row in said if row["kind"] == "notice"]
+    reached = json.loads((before / "progress.json").read_text())["step"] if before.exists() else 3
+    assert f"{newest.name}/optimizer.safetensors is damaged" in notice["text"]
+    assert f"goes on from step {reached} instead" in notice["text"]
     assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
     assert_same_weights(result.checkpoint, undisturbed.checkpoint)
 

@@ -32,7 +32,7 @@ def mean_gradients(store_path, step, rank, workers, token_budget):
     mixing = np.array([1.0, 0.4, 0.7, 0.9])[first : first + len(batch)]
     meta_step = MetaStep(backbone, state.regularizer, token_budget=token_budget)
     found = meta_step(state.prompt, state.inner_rates(), batch, mixing[batch.query.task])
-    mean, metrics = reduce_sums(found, float(mixing.sum()))
+    mean, metrics, _ = reduce_sums(found, float(mixing.sum()))
     phi = {f"phi.{number}": gradient.contiguous() for number, gradient in enumerate(mean.regularizer)}
     return {"theta": mean.prompt, "rates": mean.inner_rates, **phi, "metrics": torch.tensor(list(metrics.values()))}
 

@@ -59,6 +59,16 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_an_evaluation_says_what_it_compares(tmp_path):
+    out = tmp_path / "out"
+    assert "either --suite NAME or --tasks a,b" in refused("evaluate", "--out", out)
+    assert "either --suite NAME" in refused("evaluate", "--out", out, "--suite", "open", "--tasks", "bbc-topic")
+    assert "did you mean 'rate'" in refused("evaluate", "--out", out, "--suite", "open", "--set", "adapt.rat=0.1")
+    message = refused("evaluate", "--out", out, "--suite", "open", "--checkpoint", "runs/first/checkpoint")
+    assert "write METHOD=FOLDER" in message
+    assert not out.exists()
+
+
 def test_inputs_that_do_not_exist(tmp_path):
     out = tmp_path / "out"
     assert "There is no store" in refused("train", "--store", tmp_path / "nowhere", "--out", out)

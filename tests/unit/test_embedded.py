@@ -75,8 +75,8 @@ def test_it_names_words_under_a_prompt(folder):
     choices = torch.tensor([ids[0] for ids in backbone.tokenize(topics)])
     for length in (0, 10):
         prompt = backbone.random_rows(length, 5000, torch.Generator().manual_seed(0))
-        states, mask = encode_prompted(backbone, prompt[None], rows)
-        best = answer_logits(backbone, states, mask)[:, choices].argmax(1)
+        states, layout = encode_prompted(backbone, prompt[None], rows)
+        best = answer_logits(backbone, states, layout)[:, choices].argmax(1)
         assert (best == torch.arange(len(texts))).sum() >= 4
 
 

@@ -138,5 +138,7 @@ def test_curriculum():
     assert draw_mixing(config, 0.7, 3, 5) == draw_mixing(config, 0.7, 3, 5)
     off = load_run_config(None, ["meta.curriculum.enabled=false"]).meta.curriculum
     assert draw_mixing(off, 1.0, 0, 0) == 1.0
+    plain = load_run_config(None, ["meta.curriculum.b=1.0000001"]).meta.curriculum
+    assert [draw_mixing(plain, 0.0, 0, index) for index in range(500)] == late
     assert running_similarity(None, 0.6, 0.5) == 0.6
     assert running_similarity(0.2, 0.6, 0.5) == pytest.approx(0.4)

@@ -1,0 +1,161 @@
+"""A cluster as an operator starts one: `ray start`, its own ports, token authentication, `ray job`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+RAY = str(Path(sys.executable).with_name("ray"))
+PROJECT = Path(__file__).parents[1]
+
+
+def free_ports(count):
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+class Cluster:
+    """A head and any number of worker nodes, each a raylet of its own on this machine.
+
+    Args:
+        folder: where the nodes' logs and the token go. Ray keeps its sockets below `/tmp`, whose path is short.
+        cpus: of the head.
+    """
+
+    def __init__(self, folder: Path, cpus: int = 2) -> None:
+        home = folder / "home"
+        home.mkdir(parents=True)
+        self.folder = folder
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment["SUPMER_HOME"] = os.environ.get("SUPMER_HOME", str(Path.home() / ".cache" / "supmer"))
+        self.ray("get-auth-token", "--generate")
+        gcs, dashboard, agent, client, metrics = free_ports(5)
+        self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
+        self.nodes: list[subprocess.Popen] = []
+        self._start(
+            "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+            f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
+        )  # fmt: skip
+        self.wait_for(lambda: self.alive() == 1, "the head", seconds=90)
+
+    def join(self, cpus: int = 1) -> subprocess.Popen:
+        """Start a worker node; returns its process."""
+        agent, metrics = free_ports(2)
+        alive = self.alive()
+        node = self._start(
+            f"--address={self.address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}",
+            f"--metrics-export-port={metrics}",
+        )  # fmt: skip
+        self.wait_for(lambda: self.alive() == alive + 1, "a worker node")
+        return node
+
+    def _start(self, *options: str) -> subprocess.Popen:
+        with (self.folder / f"node{len(self.nodes)}.log").open("w") as log:
+            command = [RAY, "start", "--block", "--disable-usage-stats", *options]
+            node = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+            )
+        self.nodes.append(node)
+        return node
+
+    def alive(self) -> int:
+        """How many nodes the head counts."""
+        assert all(node.poll() is None or node.returncode < 0 for node in self.nodes), "a node could not start"
+        text = self.ray("status", check=False).stdout
+        active = text.partition("Active:")[2].partition("Pending:")[0]
+        return active.count("node_")
+
+    def ray(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A `ray` command against this cluster."""
+        where = ["--address", self.address] if arguments[0] == "status" else []
+        done = subprocess.run(
+            [RAY, *arguments, *where], env=self.environment, capture_output=True, text=True, cwd=PROJECT
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def submit(self, *entrypoint: object, installed: bool = False) -> str:
+        """Submit a job as `jobs/` documents it, without waiting; returns its id.
+
+        Args:
+            installed: run the project where it is installed, not from a copy of its folder. Nodes that share a
+                machine share these copies, and a node that joins clears them.
+        """
+        job = f"supmer-{time.monotonic_ns()}"
+        command = ["job", "submit", "--address", self.dashboard, "--no-wait", "--submission-id", job]
+        words = [
+            str(PROJECT / word) if installed and str(word).startswith("jobs/") else str(word) for word in entrypoint
+        ]
+        self.ray(*command, *([] if installed else ["--working-dir", "."]), "--", *words)
+        return job
+
+    def job(self, verb: str, job: str) -> str:
+        """`ray job VERB` of a job: what it prints."""
+        return self.ray("job", verb, "--address", self.dashboard, job, check=False).stdout
+
+    def api(self, path: str) -> Any:
+        """What the dashboard answers."""
+        token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
+        request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def wait_for_job(self, job: str, *states: str, seconds: float = 240) -> str:
+        """Wait until a job is in one of `states`; returns its log."""
+        words = states or ("SUCCEEDED", "FAILED", "STOPPED")
+        self.wait_for(
+            lambda: any(word in self.job("status", job) for word in words), f"{job} to be {words}", seconds=seconds
+        )
+        return self.job("logs", job)
+
+    @staticmethod
+    def wait_for(condition, what, seconds=60.0):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"waited in vain for {what}"
+            time.sleep(0.5)
+
+    @staticmethod
+    def kill(node: subprocess.Popen) -> None:
+        """SIGKILL a node and everything that it started, as a power cut would."""
+        import psutil
+
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        node.wait()
+
+    def close(self) -> None:
+        for node in reversed(self.nodes):
+            if node.poll() is None:
+                node.send_signal(signal.SIGTERM)
+        for node in self.nodes:
+            try:
+                node.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill(node)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,58 @@
+"""Short runs to disturb, and what a disturbed one is compared with."""
+
+import json
+import os
+import signal
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+SETTINGS = [
+    "prompt.length=5",
+    "meta.steps=12",
+    "meta.prompt_rate=0.3",
+    "meta.inner_rate=0.3",
+    "tasks.tasks_per_step=2",
+    "tasks.support=6",
+    "tasks.query=6",
+    "tasks.max_length=120",
+    "schedule.validate_every=12",
+    "schedule.checkpoint_every=3",
+    "schedule.validation_tasks=2",
+]
+
+
+def rows_of(file, kind):
+    return [row for row in map(json.loads, file.read_text().splitlines()) if row["kind"] == kind]
+
+
+def assert_same_weights(one, other):
+    for name in ("prompt.safetensors", "regularizer.safetensors", "optimizer.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert torch.equal(value, second[key]), (name, key)
+
+
+def kill(name):
+    """SIGKILL every process of this machine's clusters that runs `name`; returns their ids."""
+    killed = []
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        if any(name in part for part in process.info["cmdline"] or ()) and _is_ours(process):
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+    return killed
+
+
+def kill_workers():
+    """SIGKILL the workers of Ray Train."""
+    return kill("RayTrainWorker")
+
+
+def _is_ours(process):
+    """Whether a process descends from this one: other clusters on the machine stay alone."""
+    try:
+        return os.getpid() in (parent.pid for parent in process.parents())
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,141 @@
+"""Faults as they come: after each, no step is lost or counted twice, and the weights are those of a quiet run."""
+
+import json
+import random
+import shutil
+import subprocess
+import threading
+import time
+
+import numpy as np
+import pytest
+from faults import SETTINGS, assert_same_weights, kill, kill_workers, rows_of
+from safetensors.numpy import load_file, save
+
+from supmer_ray.config import load_run_config
+from supmer_ray.data.store import MANIFEST, Store, file_records
+from supmer_ray.errors import UserError
+from supmer_ray.train import train
+
+
+def assert_undisturbed(result, undisturbed):
+    assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
+    assert_same_weights(result.checkpoint, undisturbed.checkpoint)
+    one, other = (rows_of(run.metrics, "step") for run in (result, undisturbed))
+    assert [row["query_loss"] for row in one] == [row["query_loss"] for row in other]
+
+
+@pytest.mark.slow
+def test_a_killed_builder_and_a_second_run_in_the_folder_change_nothing(undisturbed, tiny_store, tmp_path):
+    out, killed = tmp_path / "run", []
+    config = load_run_config(None, SETTINGS)
+
+    def kill_a_builder():
+        while not killed and hunter_is_wanted:
+            killed.extend(kill("ReadMetaTasks"))
+
+    def disturb(row):
+        if row["kind"] == "validation" and row["step"] == 0:
+            hunter.start()
+            with pytest.raises(UserError, match="a run is going on; wait for its end"):
+                train(config, tiny_store, out, resume=True)
+            with pytest.raises(UserError, match="a run is going on; wait for its end"):
+                train(config, tiny_store, out, overwrite=True)
+            with pytest.raises(UserError, match="already holds a run"):
+                train(config, tiny_store, out)
+
+    hunter, hunter_is_wanted = threading.Thread(target=kill_a_builder), [True]
+    result = train(config, tiny_store, out, progress=disturb)
+    hunter_is_wanted.clear()
+    hunter.join()
+    assert killed
+    assert_undisturbed(result, undisturbed)
+
+
+def with_bad_centroids(store, out, domains):
+    """A copy of a store whose centroids of some domains are not numbers: what scc puts into its inputs."""
+    shutil.copytree(store, out)
+    tables = load_file(out / "ss.safetensors")
+    tables["centroids"][list(domains)] = np.nan
+    (out / "ss.safetensors").write_bytes(save(tables))
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"] = {name: record.model_dump() for name, record in file_records(out).items()}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return Store.open(out).path
+
+
+@pytest.mark.slow
+def test_a_support_batch_that_is_not_a_number_is_skipped_counted_and_reported(undisturbed, tiny_store, tmp_path):
+    settings = [*SETTINGS, "tasks.mixture={scc: 1, nsp: 2}", "tasks.tasks_per_step=1", "meta.steps=10"]
+    bad = with_bad_centroids(tiny_store, tmp_path / "bad", [0, 1, 2, 3])
+    said = []
+    result = train(
+        load_run_config(None, [*settings, "schedule.stop_after_bad_steps=10"]),
+        bad, tmp_path / "run", progress=said.append,
+    )  # fmt: skip
+    rows = rows_of(result.metrics, "step")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    skipped = [row["step"] for row in rows if np.isnan(row["query_loss"])]
+    assert 1 <= len(skipped) < 10 and rows[-1]["skipped"] == len(skipped)
+    assert all(rows[step - 1]["task_type"] == "scc" for step in skipped)
+    assert [row["skipped"] for row in rows] == [sum(s <= row["step"] for s in skipped) for row in rows]
+    for tensor in load_file(result.checkpoint / "prompt.safetensors").values():
+        assert np.isfinite(tensor).all()
+    # Until the first bad step the run is that on the good store; the bad one leaves the prompt where it was.
+    before, after = rows[skipped[0] - 2 if skipped[0] > 1 else 0], rows[skipped[0] - 1]
+    assert after["prompt_norm"] == before["prompt_norm"] or skipped[0] == 1
+
+
+def test_too_many_such_steps_in_a_row_end_the_run_with_a_sentence(undisturbed, tiny_store, tmp_path):
+    settings = [*SETTINGS, "tasks.mixture={scc: 1}", "schedule.stop_after_bad_steps=3"]
+    bad = with_bad_centroids(tiny_store, tmp_path / "bad", range(12))
+    with pytest.raises(UserError, match="3 meta-steps in a row had a gradient that is not finite"):
+        train(load_run_config(None, settings), bad, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_ten_kills_in_one_run_change_nothing(undisturbed, tiny_store, tmp_path):
+    """After ten of the steps the worker is killed at a random moment."""
+    chance = random.Random(0)
+    steps, killed = sorted(chance.sample(range(1, 12), 10)), []
+
+    def disturb(row):
+        if row["kind"] == "step" and steps and row["step"] >= steps[0]:
+            steps.pop(0)
+            time.sleep(chance.uniform(0, 0.3))
+            killed.append(kill_workers())
+
+    config = load_run_config(None, [*SETTINGS, "schedule.checkpoint_every=1", "workers.max_failures=20"])
+    result = train(config, tiny_store, tmp_path / "run", progress=disturb)
+    assert len(killed) == 10 and all(killed)
+    assert_undisturbed(result, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_a_sentence_and_nothing_is_lost(undisturbed, tiny_store, small_disk):
+    out, filler = small_disk / "run", small_disk / "filler"
+    config = load_run_config(None, [*SETTINGS, "workers.max_failures=0"])
+
+    def fill(row):
+        if row["kind"] == "step" and row["step"] == 4 and not filler.exists():
+            free = shutil.disk_usage(small_disk).free
+            # Room for the metrics and a part of a snapshot.
+            filler.write_bytes(b"\0" * (free - 40_000))
+
+    with pytest.raises(UserError, match="There is no room left"):
+        train(config, tiny_store, out, progress=fill)
+    assert filler.exists()
+    filler.unlink()
+    assert_undisturbed(train(config, tiny_store, out, resume=True), undisturbed)

@@ -1,0 +1,118 @@
+"""`ray job submit` on a real cluster with token authentication: submit, follow the log, stop, submit again, resume."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster import PROJECT, Cluster
+from typer.main import get_command
+
+from supmer_ray.cli import app
+from supmer_ray.cluster import Resources, require_room
+from supmer_ray.config import load_run_config
+
+SETTINGS = [
+    "prompt.length=5", "meta.steps=100", "tasks.tasks_per_step=2", "tasks.support=6", "tasks.query=6",
+    "tasks.max_length=120", "schedule.validate_every=100", "schedule.validation_tasks=1",
+    "schedule.checkpoint_every=1000",
+]  # fmt: skip
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    with Cluster(tmp_path / "cluster") as cluster:
+        yield cluster
+
+
+def steps(out):
+    file = out / "metrics.jsonl"
+    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else []
+    return [row["step"] for row in rows if row["kind"] == "step"]
+
+
+@pytest.mark.slow
+def test_a_job_that_was_stopped_leaves_a_checkpoint_that_resumes(cluster, tiny_store, tmp_path):
+    out = tmp_path / "run"
+    settings = [part for pair in SETTINGS for part in ("--set", pair)]
+    command = ["python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings]
+    without_token = {**cluster.environment, "RAY_AUTH_MODE": "disabled"}
+    with_token, cluster.environment = cluster.environment, without_token
+    refused = cluster.ray("job", "list", "--address", cluster.dashboard, check=False)
+    assert refused.returncode and "uthenticat" in refused.stdout + refused.stderr
+    cluster.environment = with_token
+
+    job = cluster.submit(*command)
+    cluster.wait_for(lambda: len(steps(out)) >= 5, "five steps", seconds=180)
+    (shown,) = cluster.api("/api/train/v2/runs/v1")["train_runs"]
+    assert shown["name"] == "run" and shown["status"] == "RUNNING"
+    (attempt,) = shown["attempts"]
+    assert [worker["world_rank"] for worker in attempt["workers"]] == [0]
+    cluster.job("stop", job)
+    log = cluster.wait_for_job(job, "STOPPED")
+    reached = steps(out)
+    # Nothing but the signal asked for a snapshot: the next regular one would come after the end.
+    snapshots = sorted(out.glob("checkpoint_*/progress.json"))
+    assert [json.loads(file.read_text())["step"] for file in snapshots] == [reached[-1]]
+    assert 5 <= reached[-1] < 100
+
+    again = cluster.submit(*command, "--resume")
+    log = cluster.wait_for_job(again, "SUCCEEDED", "FAILED")
+    assert "Meta-training: 100 steps in" in log and "Traceback" not in log
+    assert f"{out}/checkpoint: the meta-trained prompt" in log
+    assert len(log.splitlines()) < 60, "a job's log is a few plain lines"
+    assert "\x1b[" not in log.replace("\x1b[36m", "").replace("\x1b[0m", "")
+    assert steps(out) == list(range(1, 101))
+    assert (out / "checkpoint" / "prompt.safetensors").is_file()
+
+
+def options(verb):
+    """The options of a verb of the command line."""
+    return {option for parameter in get_command(app).commands[verb].params for option in parameter.opts}
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "tune", "evaluate"])
+def test_every_job_documents_its_command_and_takes_the_options_of_its_verb(name):
+    text = (PROJECT / "jobs" / f"{name}.py").read_text()
+    documented = " ".join(text.split('"""')[1].replace("\\\\\n", " ").split())
+    assert "RAY_AUTH_MODE=token ray job submit" in documented and "--runtime-env jobs/runtime-env.yaml" in documented
+    assert f'main(["{name}", *sys.argv[1:]])' in text
+    command = re.search(rf"python jobs/{name}\.py (.*?)(?= Submit)", documented).group(1)
+    assert set(re.findall(r"--[a-z-]+", command)) <= options(name)
+
+
+def test_the_runtime_environment_installs_this_project_with_its_pins():
+    packages = yaml.safe_load((PROJECT / "jobs" / "runtime-env.yaml").read_text())["pip"]["packages"]
+    assert packages[0] == "-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt"
+    assert packages[1] == "${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}"
+    assert (PROJECT / "constraints.txt").is_file() and (PROJECT / "pyproject.toml").is_file()
+
+
+def test_the_kubernetes_manifest_runs_a_command_that_the_command_line_takes():
+    manifest = yaml.safe_load((PROJECT / "jobs" / "rayjob.yaml").read_text())
+    assert manifest["kind"] == "RayJob" and manifest["apiVersion"] == "ray.io/v1"
+    spec = manifest["spec"]
+    command = spec["entrypoint"].replace("$(test -e /shared/runs/first/run.json && echo --resume)", "--resume").split()
+    assert command[0] == "python" and (PROJECT / command[1]).is_file()
+    verb = Path(command[1]).stem
+    assert {word for word in command if word.startswith("--")} <= options(verb)
+    config = load_run_config(None, [command[i + 1] for i, word in enumerate(command) if word == "--set"])
+
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    (group,) = cluster["workerGroupSpecs"]
+    pods = [cluster["headGroupSpec"]["template"], group["template"]]
+    containers = [container for pod in pods for container in pod["spec"]["containers"]]
+    cpus = group["minReplicas"] * int(containers[1]["resources"]["requests"]["cpu"])
+    require_room(Resources(cpus, 0, group["minReplicas"]), config.workers)
+    pinned = re.search(r"^ray==(\S+)$", (PROJECT / "constraints.txt").read_text(), re.MULTILINE).group(1)
+    assert cluster["rayVersion"] == pinned
+    assert {container["image"] for container in containers} == {f"rayproject/ray:{pinned}-py311"}
+    claimed = {volume["name"] for pod in pods for volume in pod["spec"]["volumes"]}
+    mounts = [mount for container in containers for mount in container["volumeMounts"]]
+    assert {mount["name"] for mount in mounts} == claimed
+    for place in (command[command.index("--store") + 1], command[command.index("--out") + 1]):
+        assert any(place.startswith(mount["mountPath"] + "/") for mount in mounts)
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])
+    assert environment["pip"] == yaml.safe_load((PROJECT / "jobs" / "runtime-env.yaml").read_text())["pip"]

@@ -1,0 +1,75 @@
+"""What a run shows: every series that the dashboard queries stands at the real metrics port while it runs."""
+
+import json
+import re
+import urllib.request
+
+import pytest
+import ray
+
+from supmer_ray.config import load_run_config
+from supmer_ray.errors import UserError
+from supmer_ray.monitoring.dashboard import FILE, dashboard_text, write_dashboard
+from supmer_ray.monitoring.series import PHASES
+from supmer_ray.train import train
+
+SETTINGS = [
+    "prompt.length=5", "meta.steps=40", "tasks.tasks_per_step=2", "tasks.support=6", "tasks.query=6",
+    "tasks.max_length=120", "schedule.validate_every=40", "schedule.validation_tasks=1",
+]  # fmt: skip
+
+
+def queried():
+    """The series that the panels and variables of the dashboard ask for."""
+    board = json.loads(FILE.read_text())
+    text = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    text += [variable.get("definition", "") for variable in board["templating"]["list"]]
+    return {name for part in text for name in re.findall(r"ray_supmer_\w+", part)}
+
+
+def scraped(run):
+    """name → its values by the label that tells them apart, of one run, from this node's metrics port."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        match = re.match(r"(ray_supmer_\w+)\{(.*)\} (\S+)$", line)
+        if match and f'run="{run}"' in match[2]:
+            label = re.search(r'(?:task_type|phase)="(\w+)"', match[2])
+            found.setdefault(match[1], {})[label and label[1]] = float(match[3])
+    return found
+
+
+def test_the_metrics_port_has_every_series_that_the_dashboard_queries(tiny_store, tmp_path):
+    seen = {}
+
+    def look(row):
+        if row["kind"] == "step" and row["step"] % 5 == 0 and queried() - seen.keys():
+            seen.update(scraped("shown"))
+
+    assert len(queried()) >= 20
+    train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "shown", progress=look)
+    assert queried() <= seen.keys()
+    assert set(seen["ray_supmer_phase_seconds"]) == set(PHASES)
+    assert set(seen["ray_supmer_validation_loss"]) == {"nsp", "nss", "scsp", "scss", "scc"}
+    assert 0 <= seen["ray_supmer_data_wait_fraction"][None] <= 1
+    assert seen["ray_supmer_step"][None] >= 1 and seen["ray_supmer_step_seconds"][None] > 0
+    rows = [json.loads(line) for line in (tmp_path / "shown" / "metrics.jsonl").read_text().splitlines()]
+    similarities = [row["similarity"] for row in rows if row["kind"] == "step"]
+    assert min(similarities) <= seen["ray_supmer_similarity"][None] <= max(similarities)
+
+
+def test_the_dashboard_is_written_where_grafana_looks(tmp_path, monkeypatch):
+    assert FILE.read_text() == dashboard_text(), "write supmer.json anew: FILE.write_text(dashboard_text())"
+    monkeypatch.delenv("RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(UserError, match="Grafana configuration is not at"):
+        write_dashboard()
+    place = tmp_path / "ray" / "session_latest" / "metrics" / "grafana" / "dashboards"
+    place.mkdir(parents=True)
+    assert write_dashboard().parent == place
+    monkeypatch.setenv("RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="elsewhere"):
+        write_dashboard()
+    assert json.loads(write_dashboard(tmp_path).read_text())["title"] == "SUPMER meta-training"

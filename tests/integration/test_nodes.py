@@ -1,0 +1,118 @@
+"""A head and two worker nodes, each a raylet of its own with a shared path: nodes leave while work goes on."""
+
+import json
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from cluster import Cluster
+from faults import SETTINGS, assert_same_weights, rows_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The head drives; two nodes of two CPUs each do the work."""
+    with Cluster(tmp_path / "cluster", cpus=0) as cluster:
+        cluster.join(cpus=2)
+        cluster.join(cpus=2)
+        yield cluster
+
+
+def node_of(cluster, name):
+    """The worker node on which a process called `name` runs, or None."""
+    for node in cluster.nodes[1:]:
+        if node.poll() is not None:
+            continue
+        for process in psutil.Process(node.pid).children(recursive=True):
+            try:
+                if any(name in part for part in process.cmdline()):
+                    return node
+            except psutil.NoSuchProcess:
+                continue
+    return None
+
+
+def kill_node_of(cluster, name, seconds=180):
+    """Wait until `name` runs somewhere and kill that whole node."""
+    cluster.wait_for(lambda: node_of(cluster, name), name, seconds=seconds)
+    alive = cluster.alive()
+    cluster.kill(node_of(cluster, name))
+    cluster.wait_for(lambda: cluster.alive() < alive, "the head to miss the node")
+
+
+def finish(cluster, job):
+    log = cluster.wait_for_job(job, "SUCCEEDED", "FAILED", seconds=420)
+    assert "SUCCEEDED" in cluster.job("status", job) or "succeeded" in cluster.job("status", job), log
+    return log
+
+
+def steps(file):
+    return [row["step"] for row in rows_of(file, "step")] if file.exists() else []
+
+
+def test_a_node_leaves_during_prepare(cluster, tiny_t5, tiny_store, tmp_path):
+    options = ["--source", "bbc", "--backbone", tiny_t5, "--domains", 40, "--max-documents", 400]
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    finish(cluster, cluster.submit("python", "jobs/prepare.py", *options, "--out", whole, installed=True))
+    job = cluster.submit("python", "jobs/prepare.py", *options, "--out", disturbed, installed=True)
+    kill_node_of(cluster, "ray::Embedder")
+    finish(cluster, job)
+    assert cluster.alive() == 2
+    one, other = (json.loads((store / "manifest.json").read_text()) for store in (whole, disturbed))
+    assert one["files"] == other["files"] and one["families"] == other["families"]
+
+
+def test_a_node_leaves_during_training_and_another_joins(cluster, undisturbed, tiny_store, tmp_path):
+    out = tmp_path / "run"
+    settings = [part for pair in SETTINGS for part in ("--set", pair)]
+    job = cluster.submit("python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings, installed=True)
+    cluster.wait_for(lambda: len(steps(out / "metrics.jsonl")) >= 4, "four steps", seconds=180)
+    kill_node_of(cluster, "RayTrainWorker")
+    cluster.join(cpus=2)
+    finish(cluster, job)
+    assert steps(out / "metrics.jsonl") == list(range(1, 13))
+    assert_same_weights(out / "checkpoint", undisturbed.checkpoint)
+
+
+def test_two_workers_on_two_nodes_learn_what_one_learns(cluster, undisturbed, tiny_store, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    out = tmp_path / "run"
+    pairs = [*SETTINGS, "workers.count=2", "workers.cpus=1.5"]
+    settings = [part for pair in pairs for part in ("--set", pair)]
+    finish(
+        cluster,
+        cluster.submit("python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings, installed=True),
+    )
+    one, two = (load_file(run / "prompt.safetensors")["prompt"] for run in (undisturbed.checkpoint, out / "checkpoint"))
+    assert float(torch.linalg.vector_norm(one - two, ord=float("inf"))) < 1e-3
+
+
+def test_a_node_leaves_during_a_sweep(cluster, tiny_store, tmp_path):
+    base = {
+        "prompt": {"length": 3},
+        "tasks": {"tasks_per_step": 1, "support": 4, "query": 4, "max_length": 120},
+        "meta": {"steps": 6, "prompt_rate": 0.3, "inner_rate": 0.3},
+        "schedule": {"validate_every": 2, "validation_tasks": 1},
+    }
+    space = {"meta.prompt_rate": {"loguniform": [0.001, 1.0]}}
+    file, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
+    file.write_text(yaml.safe_dump({"base": base, "space": space, "search": "random", "samples": 4}))
+    job = cluster.submit(
+        "python", "jobs/tune.py", "--config", file, "--store", tiny_store, "--out", out, installed=True
+    )
+    cluster.wait_for(
+        lambda: any(steps(metrics)[-1:] >= [2] for metrics in out.glob("runs/*/metrics.jsonl")),
+        "two steps",
+        seconds=240,
+    )
+    kill_node_of(cluster, "ray::ImplicitFunc")
+    finish(cluster, job)
+    table = pd.read_parquet(out / "trials.parquet")
+    assert len(table) == 4 and set(table["state"]) == {"finished"}
+    for trial in table["trial"]:
+        assert steps(out / "runs" / trial / "metrics.jsonl") == list(range(1, 7))

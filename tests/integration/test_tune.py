@@ -1,0 +1,194 @@
+"""Sweeps on a real cluster: early-stopped trials leave nothing taken, and an interrupted sweep goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import ray
+import yaml
+from ray.util import placement_group_table
+
+from supmer_ray.config import AdaptConfig, SweepConfig, build, load_run_config
+from supmer_ray.data.store import Store
+from supmer_ray.errors import UserError
+from supmer_ray.fewshot.definition import load_definition
+from supmer_ray.meta.loop import Learner
+from supmer_ray.meta.state import MetaState
+from supmer_ray.model.backbone import load_backbone
+from supmer_ray.train import train
+from supmer_ray.tune import Objective, tune
+
+BASE = {
+    "prompt": {"length": 3},
+    "tasks": {"tasks_per_step": 1, "support": 4, "query": 4, "max_length": 120},
+    "meta": {"steps": 4, "prompt_rate": 0.3, "inner_rate": 0.3},
+    "schedule": {"validate_every": 2, "validation_tasks": 1},
+}
+RATE = {"meta.prompt_rate": {"loguniform": [0.001, 1.0]}}
+
+
+def sweep(**values):
+    return build(SweepConfig, {"base": BASE, "space": RATE, "search": "random", **values}, "the test")
+
+
+def assert_all_is_free(cpus=2.0, seconds=30):
+    """Every placement group is gone and every CPU free, at the latest after `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        free = ray.available_resources().get("CPU", 0.0)
+        if not groups and free == cpus:
+            return
+        assert time.monotonic() < end, (groups, free)
+        time.sleep(0.5)
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_early_stopped_trials_leave_nothing_taken_and_the_best_can_be_trained(tiny_store, tmp_path):
+    space = {**RATE, "tasks.mixture": {"simplex": ["nsp", "nss", "scsp", "scss", "scc"]}}
+    config = sweep(space=space, samples=4, search="tpe", asha={"grace_steps": 2, "reduction": 2})
+    said = []
+    result = tune(config, tiny_store, tmp_path / "sweep", progress=lambda *message: said.append(message))
+    assert_all_is_free()
+
+    table = pd.read_parquet(tmp_path / "sweep" / "trials.parquet")
+    pd.testing.assert_frame_equal(table, result.trials)
+    assert set(table["state"]) == {"finished", "stopped"} and len(table) == 4
+    assert table["tasks.mixture.scc"].between(0, 1).all()
+    weights = table[[name for name in table if name.startswith("tasks.mixture.")]]
+    assert weights.sum(axis=1).to_numpy() == pytest.approx(1)
+    losses = table[[name for name in table if name.startswith("validation_loss_")]]
+    assert losses.shape[1] == 5
+    assert losses.mean(axis=1).to_numpy() == pytest.approx(table["objective"].to_numpy())
+    finished = table[table["state"] == "finished"]
+    assert result.objective == finished["objective"].min()
+    assert [done for done, _, _ in said] == [1, 2, 3, 4] and said[-1][1] == 4
+    for trial, step in zip(table["trial"], table["step"], strict=True):
+        rows = rows_of(tmp_path / "sweep" / "runs" / trial / "metrics.jsonl")
+        assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, step + 1))
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+
+    # The same settings in an ordinary run give the same figures: it is the same loop.
+    best = load_run_config(result.file)
+    assert best == result.best
+    run = train(best, tiny_store, tmp_path / "run")
+    last = [row for row in rows_of(run.metrics) if row["kind"] == "validation"][-1]["validation"]
+    assert sum(row["loss"] for row in last.values()) / 5 == pytest.approx(result.objective, rel=1e-5)
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(tiny_store, tmp_path):
+    out = tmp_path / "sweep"
+    with pytest.raises(UserError, match=r"64.* CPUs, but the cluster has 2"):
+        tune(sweep(samples=1, base={**BASE, "workers": {"cpus": 64}}), tiny_store, out)
+    with pytest.raises(UserError, match="no task"):
+        tune(sweep(samples=1, objective={"task": "bbc-topics"}), tiny_store, out)
+    with pytest.raises(UserError, match="holds no sweep to resume"):
+        tune(sweep(samples=1), tiny_store, out, resume=True)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_dev_accuracy_of_a_few_shot_task(tiny_store, tmp_path):
+    """The objective is the mean dev accuracy of the seeds' runs; without the test split nothing changes."""
+    for split, ends in (("train", 40), ("test", 4)):
+        rows = [f"{'a fine film' if i % 2 else 'a bad film'} {i},{('bad', 'good')[i % 2]}" for i in range(ends)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    task = {
+        "name": "films",
+        "description": "is a film good or bad?",
+        "data": {"files": {"train": "train.csv", "test": "test.csv"}},
+        "fields": ["text"],
+        "label": "label",
+        "patterns": ["{text} It was {mask} ."],
+        "verbalizers": {"bad": "bad", "good": "good"},
+    }
+    (tmp_path / "films.yaml").write_text(yaml.safe_dump(task))
+    config = sweep(samples=1, objective={"task": str(tmp_path / "films.yaml"), "shots": 4, "steps": 20}).objective
+    assert config.mode == "max"
+    backbone = load_backbone(Store.open(tiny_store).manifest.backbone.name)
+    run = load_run_config(None, ["prompt.length=3"])
+    learner = Learner(run, backbone, MetaState.fresh(run, backbone))
+    objective = Objective(config, load_definition(config.task))
+    reported = objective(learner, {"nsp": {"loss": 2.0}})
+    assert reported["validation_loss"] == 2.0
+    accuracies = []
+    for seed in range(2):
+        from supmer_ray.fewshot.adapt import AdaptRun, adapt
+        from supmer_ray.fewshot.encoding import TaskEncoder
+        from supmer_ray.fewshot.sampling import draw
+
+        drawn = draw(objective.definition, objective.definition.read(), 4, seed)
+        encoder = TaskEncoder(backbone, objective.definition, max_length=412)
+        train_split, dev = encoder.split(drawn.train), encoder.split(drawn.dev)
+        state = learner.state
+        alone = AdaptRun(
+            "films", train_split, dev, encoder.verbalizer_ids, seed, state.prompt.detach(), state.regularizer
+        )
+        (result,) = adapt(backbone, [alone], AdaptConfig(shots=4, steps=20))
+        accuracies.append(result.best.accuracy)
+    assert reported["objective"] == pytest.approx(sum(accuracies) / 2)
+
+
+@pytest.mark.slow
+def test_population_based_training_hands_snapshots_on(tiny_store, tmp_path):
+    base = {**BASE, "meta": {**BASE["meta"], "steps": 8}}
+    config = sweep(base=base, samples=3, search="pbt", pbt={"every_steps": 2, "quantile": 0.4, "resample": 0.5}, seed=1)
+    result = tune(config, tiny_store, tmp_path / "sweep")
+    assert_all_is_free()
+    assert set(result.trials["state"]) == {"finished"} and set(result.trials["step"]) == {8}
+    assert result.trials["meta.prompt_rate"].between(0.001, 1.0).all()
+    # A poor trial goes on from a good one's snapshot: its rows after that have another rate than before.
+    exchanged = 0
+    for trial in result.trials["trial"]:
+        snapshots = sorted((tmp_path / "sweep" / "search" / trial).glob("checkpoint_*/config.json"))
+        rates = [json.loads(file.read_text())["run"]["meta"]["prompt_rate"] for file in snapshots]
+        exchanged += len(set(rates)) > 1
+    assert exchanged
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_driver_was_killed_goes_on_and_loses_no_finished_trial(tiny_store, tmp_path):
+    out, file = tmp_path / "sweep", tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"base": BASE, "space": RATE, "search": "tpe", "samples": 4}))
+    code = "from supmer_ray.cli import main; main()"
+    command = [sys.executable, "-c", code, "tune", "--config", file, "--store", tiny_store, "--out", out]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    driver = subprocess.Popen([str(part) for part in command], env=environment, start_new_session=True)
+    end = time.monotonic() + 240
+    while len(list(out.glob("runs/*"))) < 3:  # the third trial has begun, so two are finished
+        assert driver.poll() is None and time.monotonic() < end
+        time.sleep(0.2)
+    time.sleep(1)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    finished = [run for run in out.glob("runs/*") if any(row["step"] == 4 for row in rows_of(run / "metrics.jsonl"))]
+    assert len(finished) == 2
+    before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in finished}
+
+    done = subprocess.run([*map(str, command), "--resume"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_parquet(out / "trials.parquet")
+    assert set(table["state"]) == {"finished"} and len(table) == 4
+    assert {run.name for run in finished} <= set(table["trial"])
+    assert before == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in finished}
+    for trial in table["trial"]:
+        steps = [row["step"] for row in rows_of(out / "runs" / trial / "metrics.jsonl") if row["kind"] == "step"]
+        assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_trials_of_two_workers_stopped_early_leave_nothing_taken(tiny_store, tmp_path):
+    """Each such trial starts a Ray Train run of its own; this cluster has no dashboard process to clean up."""
+    base = {**BASE, "tasks": {**BASE["tasks"], "tasks_per_step": 2}, "workers": {"count": 2, "cpus": 0.4}}
+    config = sweep(base=base, samples=3, asha={"grace_steps": 2, "reduction": 2})
+    result = tune(config, tiny_store, tmp_path / "sweep")
+    assert set(result.trials["state"]) == {"finished", "stopped"}
+    assert_all_is_free()

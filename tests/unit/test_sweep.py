@@ -1,0 +1,174 @@
+"""Search spaces: mistakes are one sentence, mixtures are uniform on the simplex, what fits is computed."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from supmer_ray.cluster import Resources
+from supmer_ray.config import TASK_TYPES, SweepConfig, build, load_sweep_config
+from supmer_ray.errors import UserError
+from supmer_ray.sweep_picture import draw_sweep, importance, places
+from supmer_ray.tune import Objective, concurrency, run_config, settings_of, space
+
+CONFIGS = Path(__file__).parents[2] / "tune_configs"
+SMALL = {"space": {"meta.prompt_rate": {"uniform": [0.1, 0.2]}}, "samples": 2, "search": "random"}
+
+
+def sweep(**update):
+    return build(SweepConfig, {**SMALL, **update}, "sweep.yaml")
+
+
+@pytest.mark.parametrize("name", ["inner_rates", "task_mixture", "joint", "smoke", "population"])
+def test_every_shipped_space_gives_configurations_that_can_run(name):
+    config = load_sweep_config(CONFIGS / f"{name}.yaml")
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        drawn = {key: domain.sample(random_state=generator) for key, domain in space(config).items()}
+        run_config(config, settings_of(config, drawn))
+
+
+@pytest.mark.parametrize(
+    ("update", "sentence"),
+    [
+        ({"space": {"meta.prompt_rte": {"uniform": [0.1, 0.2]}}}, r"unknown setting 'meta\.prompt_rte'.*'prompt_rate'"),
+        ({"space": {"mta.prompt_rate": {"uniform": [0.1, 0.2]}}}, r"unknown setting 'mta\.prompt_rate'"),
+        ({"space": {"meta.prompt_rate": {"unform": [0.1, 0.2]}}}, r"did you mean 'uniform'"),
+        ({"space": {"meta.prompt_rate": {"uniform": [0.2, 0.1]}}}, r"0\.2 must be below the second, 0\.1"),
+        ({"space": {"meta.prompt_rate": {"loguniform": [0, 0.1]}}}, r"needs a positive number"),
+        (
+            {"space": {"meta.prompt_rate": {"uniform": [-1, 0.1]}}},
+            r"tries meta\.prompt_rate = -1.*greater than 0",
+        ),
+        ({"space": {"meta.prompt_rate": {"uniform": [0.1, 1], "choice": [1, 2]}}}, r"uniform and choice"),
+        ({"space": {"meta.prompt_rate": {}}}, r"exactly one of"),
+        ({"space": {"prompt.length": {"choice": [0, 5]}}}, r"space tries prompt\.length = 0"),
+        ({"space": {"meta.steps": {"int": [1, 5]}}}, r"'meta\.steps' is not searched"),
+        ({"space": {"workers.count": {"int": [1, 2]}}}, r"'workers\.count' is not searched; only prompt"),
+        ({"space": {"tasks.mixture": {"uniform": [0, 1]}}}, r"tasks\.mixture takes simplex or choice"),
+        ({"space": {"tasks.mixture": {"simplex": ["nsp", "nps"]}}}, r"unknown task type 'nps'"),
+        ({"space": {"meta.clip": {"simplex": ["nsp", "nss"]}}}, r"simplex is for tasks\.mixture"),
+        ({"space": {"meta.clip": {"uniform": [1, 2], "each_inner_step": True}}}, r"each_inner_step is for meta\.inner"),
+        ({"base": {"meta": {"stpes": 3}}}, r"Unknown key 'base\.meta\.stpes' in sweep\.yaml; did you mean 'steps'"),
+        ({"smaples": 3}, r"did you mean 'samples'"),
+        ({"search": "pbt"}, r"needs a section pbt"),
+        ({"pbt": {"every_steps": 100}}, r"write search: pbt"),
+        ({"asha": {"grace_steps": 30}}, r"asha\.grace_steps is 30, but trials report every 100 steps"),
+        ({"asha": {"grace_steps": 3000}}, r"more than the 2000 steps"),
+        (
+            {"search": "pbt", "pbt": {"every_steps": 100}, "space": {"prompt.length": {"int": [1, 2]}}},
+            r"which 'prompt\.length' cannot bear",
+        ),
+        ({"search": "pbt", "pbt": {"every_steps": 100}, "asha": {"grace_steps": 100}}, r"leave asha out"),
+    ],
+)
+def test_one_sentence_for_each_mistake(update, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        sweep(**update)
+    assert "\n" not in str(caught.value)
+
+
+def test_mixtures_are_uniform_on_the_simplex():
+    config = load_sweep_config(CONFIGS / "task_mixture.yaml")
+    generator = np.random.default_rng(0)
+    domains = space(config)
+    assert len(domains) == 5
+    drawn = [
+        settings_of(config, {key: domain.sample(random_state=generator) for key, domain in domains.items()})
+        for _ in range(4000)
+    ]
+    weights = np.array([[entry["tasks.mixture"][name] for name in TASK_TYPES] for entry in drawn])
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    # One weight of a uniform draw from the 5-simplex is Beta(1, 4): P(w < t) = 1 - (1 - t)^4.
+    for column in weights.T:
+        for threshold in (0.05, 0.2, 0.5):
+            expected = 1 - (1 - threshold) ** 4
+            deviation = np.sqrt(expected * (1 - expected) / len(drawn))
+            assert abs((column < threshold).mean() - expected) < 4 * deviation
+
+
+def test_rates_of_each_inner_step_follow_the_number_of_steps():
+    config = sweep(
+        space={
+            "meta.inner_steps": {"int": [1, 3]},
+            "meta.inner_rate": {"loguniform": [0.01, 1], "each_inner_step": True},
+            "prompt.length": {"choice": [5, 7]},
+        }
+    )
+    assert set(space(config)) == {"meta.inner_steps", *(f"meta.inner_rate.{i}" for i in range(3)), "prompt.length"}
+    sample = {"meta.inner_steps": 2, "prompt.length": 1, **{f"meta.inner_rate.{i}": 0.1 * (i + 1) for i in range(3)}}
+    run = run_config(config, settings_of(config, sample))
+    assert (run.meta.inner_steps, run.meta.inner_rate, run.prompt.length) == (2, (0.1, 0.2), 7)
+
+
+def test_a_choice_of_mixtures():
+    config = sweep(space={"tasks.mixture": {"choice": [{"nsp": 1}, {"scc": 1, "nss": 2}]}})
+    assert run_config(config, settings_of(config, {"tasks.mixture": 1})).tasks.types == ["nss", "scc"]
+
+
+def test_as_many_trials_as_fit():
+    two_cores = Resources(2, 0, 1)
+    assert concurrency(sweep(), two_cores, [2]) == 1
+    # A trial of one worker and its builder take 1.5 CPUs of one node.
+    assert concurrency(sweep(), Resources(14, 0, 3), [8, 4, 2]) == 5 + 2 + 1
+    assert concurrency(sweep(), Resources(14, 2, 3), [8, 4, 2], gpu=True) == 2
+    pair = sweep(base={"workers": {"count": 2}})
+    assert concurrency(pair, Resources(8, 0, 2), [4, 4]) == 2
+    assert concurrency(sweep(concurrency=2), Resources(8, 0, 1), [8]) == 2
+    with pytest.raises(UserError, match="concurrency is 2 but 1 of these trials fit"):
+        concurrency(sweep(concurrency=2), two_cores, [2])
+    with pytest.raises(UserError, match=r"need 3 CPUs, but the cluster has 2"):
+        concurrency(pair, two_cores, [2])
+    with pytest.raises(UserError, match=r"A trial needs 1\.5 CPUs .* nodes have 1, 1"):
+        concurrency(sweep(), Resources(2, 0, 2), [1, 1])
+
+
+def test_every_task_type_weighs_the_same_in_the_objective():
+    found = {"nsp": {"loss": 1.0, "accuracy": 0.5}, "scc": {"loss": 4.0, "accuracy": 0.1}}
+    objective = Objective(sweep().objective)
+    assert objective(None, found)["objective"] == 2.5
+    assert objective(None, found)["validation_loss_scc"] == 4.0
+    assert objective(None, {"nsp": {"loss": float("nan")}})["objective"] == 1000.0
+
+
+@pytest.fixture
+def trials():
+    generator = np.random.default_rng(0)
+    rates = 10 ** generator.uniform(-3, 0, 30)
+    return pd.DataFrame(
+        {
+            "state": ["finished", "stopped", "refused"] * 10,
+            "rate": rates,
+            "length": generator.choice([20, 50], 30),
+            "kind": generator.choice(["a", "b"], 30),
+            "objective": np.log10(rates) ** 2,
+        }
+    )
+
+
+def test_the_setting_that_matters_is_the_important_one(trials):
+    found = importance(trials, ["rate", "length", "kind"])
+    assert max(found, key=found.get) == "rate" and found["rate"] > 0.8
+    assert importance(trials.head(3), ["rate"]) == {}
+
+
+def test_places_on_an_axis():
+    heights, labels = places(pd.Series([0.01, 0.1, 1.0]))
+    assert heights == pytest.approx([0, 0.5, 1]) and labels == [(0.0, "0.01"), (1.0, "1")]
+    assert places(pd.Series([1, 2, 3]))[0] == pytest.approx([0, 0.5, 1])
+    heights, labels = places(pd.Series(["x", "y", "x"]))
+    assert heights.tolist() == [0, 1, 0] and labels == [(0.0, "x"), (1.0, "y")]
+
+
+def test_the_picture_is_drawn(trials, tmp_path):
+    draw_sweep(trials, ["rate", "length", "kind"], "loss", "min", tmp_path / "s.png", tmp_path / "s.svg")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "s.svg").read_text()
+
+
+def test_a_sweep_survives_json():
+    config = load_sweep_config(CONFIGS / "joint.yaml")
+    assert build(SweepConfig, config.model_dump(mode="json", by_alias=True), "here") == config
+    assert yaml.safe_load((CONFIGS / "smoke.yaml").read_text())["samples"] == 2
