@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart benchmark test test-faults lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 quickstart: $(VENV)/installed
 	$(BIN)/supmer quickstart --overwrite
 
+# Our meta-step beside a sequential baseline: minutes. More: .venv/bin/python -m supmer_ray.benchmark --help
+benchmark: $(VENV)/installed
+	$(BIN)/python -m supmer_ray.benchmark --out runs/benchmark.json
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,6 +30,10 @@ lint: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# Kills, full disks, nodes that leave, long sweeps: half an hour on two cores.
+test-faults: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -12,8 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-from supmer_ray.config import AdaptConfig, PrepareConfig, build, load_run_config, override
-from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.config import (
+    AdaptConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    build,
+    load_run_config,
+    load_sweep_config,
+    override,
+    read_yaml,
+)
+from supmer_ray.errors import Stopped, UserError, require_new_folder
+from supmer_ray.files import Place, require_new_place
 
 app = typer.Typer(
     help="Learn a universal soft prompt and a gradient regularizer from unlabeled text, on Ray (SUPMER).",
@@ -66,7 +76,7 @@ def prepare(
 @app.command()
 def train(
     store: Annotated[Path, typer.Option(help="What 'supmer prepare' wrote.")],
-    out: Out,
+    out: Annotated[str, typer.Option(help="Folder to write, or the URI of one (s3://…).")],
     config: Annotated[Path | None, typer.Option(help="YAML file; unset: the paper's settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example meta.steps=500; repeatable.")
@@ -76,14 +86,34 @@ def train(
 ) -> None:
     """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
     run_config = load_run_config(config, set_ or ())
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_place(Place(out), overwrite=overwrite, resume=resume)
     from supmer_ray.console import stage
     from supmer_ray.train import train as run
 
     with stage("Meta-training", "steps") as line:
         progress = line.train_row(run_config.meta.steps)
         result = run(run_config, store, out, resume=resume, overwrite=overwrite, progress=progress)
-    print(f"{result.checkpoint}: the meta-trained prompt and regularizer ({result.metrics} has one row a step)")
+    print(f"{result.out}/checkpoint: the meta-trained prompt and regularizer (metrics.jsonl has one row a step)")
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Option(help="Search-space file, for example tune_configs/smoke.yaml.")],
+    store: Annotated[Path, typer.Option(help="What 'supmer prepare' wrote.")],
+    out: Out,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Search inner rates, task mixtures and other settings of meta-training."""
+    sweep = load_sweep_config(config)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    from supmer_ray.console import stage
+    from supmer_ray.tune import tune as run
+
+    with stage("Searching", "trials") as line:
+        result = run(sweep, store, out, resume=resume, overwrite=overwrite, progress=line.trials_done)
+    print(f"{result.file}: the best of {len(result.trials)} trials, objective {result.objective:.4f}")
+    print(f"Next: supmer train --config {result.file} --store {store} --out RUN")
 
 
 @app.command()
@@ -114,7 +144,7 @@ def adapt(
     model = load_backbone(backbone or (backbone_name(checkpoint) if checkpoint else "embedded"))
     learned = load_checkpoint(checkpoint, model) if checkpoint else None
     with stage(f"Adapting to {definition.name}", "steps") as line:
-        outcome = adapt_task(
+        result = adapt_task(
             model,
             definition,
             learned,
@@ -128,9 +158,69 @@ def adapt(
             ),
         )
     print(
-        f"{out}: {definition.name}, dev accuracy {outcome.result.best.accuracy:.3f} (step {outcome.result.best.step}), "
-        f"test accuracy {outcome.result.test_accuracy:.3f}"
+        f"{out}: {definition.name}, dev accuracy {result.best.accuracy:.3f} (step {result.best.step}), "
+        f"test accuracy {result.test_accuracy:.3f}"
     )
+
+
+@app.command()
+def evaluate(
+    out: Out,
+    suite: Annotated[str | None, typer.Option(help="open, domains, paper, or a YAML file.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead of a suite: names or YAML files, a,b,…")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Names or YAML files, a,b,…")
+    ] = "prompt-tuning,supmer,zero-shot,linear-probe",
+    shots: Annotated[int | None, typer.Option(help="K, examples a class; short for --set adapt.shots.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Data seeds: draws of the K examples.")] = 5,
+    curve: Annotated[
+        str | None, typer.Option(help="shots, prompt-length, domains, corpus-size, meta-steps, or a YAML file.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="What 'supmer prepare' wrote, to meta-train on.")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="METHOD=RUN/checkpoint, instead of meta-training it; repeatable.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the benchmarks' published files.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with adapt, run and prepare.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example adapt.rate=0.05.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare methods over tasks and data seeds; those that need meta-training get it first."""
+    if (suite is None) == (tasks is None):
+        raise UserError("Say what to compare on: either --suite NAME or --tasks a,b.")
+    values = override(read_yaml(config) if config else {}, set_ or ())
+    if shots is not None:
+        values = override(values, [f"adapt.shots={shots}"])
+    settings = build(EvaluateConfig, values, str(config) if config else "the command line")
+    given = {}
+    for pair in checkpoint or ():
+        name, equals, folder = pair.partition("=")
+        if not equals:
+            raise UserError(f"--checkpoint {pair} names no method; write METHOD=FOLDER, for example supmer={pair}.")
+        given[name] = Path(folder)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    from supmer_ray.console import stage
+    from supmer_ray.evaluate import TABLE, Plan
+    from supmer_ray.evaluate import evaluate as compare
+    from supmer_ray.fewshot.method import load_method
+    from supmer_ray.fewshot.suite import Suite, load_curve, load_suite
+
+    chosen = load_suite(suite) if suite else build(Suite, {"name": "tasks", "tasks": _names(tasks or "")}, "--tasks")
+    plan = Plan(
+        chosen,
+        [load_method(name) for name in _names(methods)],
+        settings,
+        seeds,
+        load_curve(curve) if curve else None,
+        store,
+        given,
+        data,
+    )
+    with stage("Reading tasks", "tasks") as line:
+        rows = compare(plan, out, resume=resume, overwrite=overwrite, progress=line.named)
+    print((out / TABLE).read_text(encoding="utf-8"))
+    print(f"{out}: {len(rows)} rows in results.parquet, the tables above in {TABLE} and table.csv")
 
 
 @app.command()
@@ -152,6 +242,20 @@ def predict(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN|EVAL...", help="What train and evaluate wrote.")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw runs and evaluations: one page for a browser, and its figures as PNG and SVG."""
+    require_new_folder(out, overwrite=overwrite)
+    from supmer_ray.report import report as draw
+
+    page = draw(folders, out, overwrite=overwrite)
+    print(f"{page}: open it in a browser; the same figures lie in {out / 'figures'}")
+
+
+@app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
     overwrite: Overwrite = False,
@@ -161,6 +265,16 @@ def quickstart(
     from supmer_ray.quickstart import quickstart as run
 
     run(out, overwrite=overwrite)
+
+
+@app.command()
+def dashboard(
+    out: Annotated[Path | None, typer.Option(help="Folder to write into; unset: where Ray's Grafana looks.")] = None,
+) -> None:
+    """Write the Grafana dashboard of meta-training, on the head node of a running cluster."""
+    from supmer_ray.monitoring.dashboard import write_dashboard
+
+    print(f"{write_dashboard(out)}: Grafana shows it as 'SUPMER meta-training'")
 
 
 @app.command()
@@ -177,18 +291,27 @@ def doctor(
     examine.describe()
 
 
+def _names(listed: str) -> list[str]:
+    """The parts of "a,b,c"."""
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
 def _stages(titles: dict[str, str], update: Callable[..., Any]) -> Callable[[str, int, int], None]:
     """A progress callback that shows each named stage under its title."""
     return lambda name, done, total: update(done, total, title=titles[name])
 
 
-def main() -> None:
-    """Entry point of the `supmer` command: a user's mistake is one sentence and exit status 2."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `supmer` command and of `jobs/`: a user's mistake is one sentence and exit status 2.
+
+    Args:
+        arguments: a verb and its options; unset: those of the process.
+    """
     try:
-        app()
+        app(arguments)
     except UserError as error:
         print(f"supmer: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("supmer: stopped.", file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as stop:
+        print(f"supmer: {str(stop) or 'stopped.'}", file=sys.stderr)
         sys.exit(130)

@@ -45,6 +45,7 @@ class StageLine:
         self.title, self.unit = title, unit
         self._started = self._written = time.monotonic()
         self._done, self._total, self._note = 0, 0, ""
+        self._first: tuple[int, float] | None = None
         if self._bar:
             self._task: TaskID = self._bar.add_task(title, total=None, text="")
 
@@ -62,6 +63,7 @@ class StageLine:
                 self._bar.remove_task(self._task)
             self._begin(title, unit or self.unit)
         self._done, self._total, self._note = done, total or 0, note
+        self._first = self._first or (done, time.monotonic())
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, text=self._text())
         elif time.monotonic() - self._written > LOG_SECONDS:
@@ -78,15 +80,25 @@ class StageLine:
         def show(row: dict[str, Any]) -> None:
             if row["kind"] == "step":
                 note = f"loss {row['query_loss']:.3f} ({row['task_type']}), s {row['running_similarity'] or 0:.2f}"
+                if row["skipped"]:
+                    note += f", {row['skipped']} skipped for gradients that were not finite"
                 self.update(row["step"], steps, note)
+            elif row["kind"] == "notice":
+                errors.print(row["text"], soft_wrap=True)
 
         return show
 
+    def trials_done(self, done: int, total: int, best: float | None) -> None:
+        """`update` for a sweep."""
+        self.update(done, total, f"best {best:.4f}" if best is not None else "")
+
     def _text(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._started)
-        rate = self._done / seconds
+        # Neither what was done before a resumed run nor its start-up counts as speed.
+        before, since = self._first or (0, self._started)
+        rate = (self._done - before) / max(1e-9, time.monotonic() - since)
         parts = [f"{self._done:,}/{self._total:,} {self.unit}" if self._total else f"{self._done:,} {self.unit}"]
-        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s")
+        if rate > 0:
+            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s")
         if self._total and rate > 0:
             parts.append(f"{duration((self._total - self._done) / rate)} left")
         return ", ".join([*parts, *([self._note] if self._note else [])])
@@ -106,6 +118,8 @@ class StageLine:
         """End the last stage, if it ended well, and give the terminal back."""
         if ok:
             self.end()
+        elif self._bar and not self._done:
+            self._bar.remove_task(self._task)  # a refusal: nothing was begun
         if self._bar:
             self._bar.stop()
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -23,7 +24,8 @@ from supmer_ray.console import duration, stage
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import require_new_folder
 from supmer_ray.fewshot.definition import load_definition
-from supmer_ray.fewshot.evaluate import PROMPT_TUNING, SUPMER, Outcome, evaluate
+from supmer_ray.fewshot.evaluate import Outcome, TaskRows, evaluate_method
+from supmer_ray.fewshot.method import load_method
 from supmer_ray.files import whole_file
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
@@ -31,6 +33,7 @@ from supmer_ray.train import train
 
 SOURCES = ("bbc", "rotten-tomatoes")
 TASKS = ("bbc-topic", "subjectivity")
+METHODS = ("prompt-tuning", "supmer")
 SEEDS = (0, 1, 2)
 
 PREPARE = {"sources": SOURCES, "domains": 24, "max_documents": 160, "sentence_length": 48}
@@ -65,20 +68,25 @@ def quickstart(out: Path, *, overwrite: bool = False) -> list[Outcome]:
         run = train(config, out / "store", out / "run", overwrite=overwrite, progress=line.train_row(config.meta.steps))
     backbone = load_backbone("embedded")
     checkpoint = load_checkpoint(run.checkpoint, backbone)
-    titles = {"adapt": f"Adapting {len(TASKS)} tasks × {len(SEEDS)} seeds × 2 methods", "test": "Scoring test splits"}
-    units = {"adapt": "steps", "test": "rows"}
-    with stage(titles["adapt"], "steps") as line:
-        outcomes = evaluate(
-            backbone,
-            [load_definition(task) for task in TASKS],
-            {PROMPT_TUNING: None, SUPMER: checkpoint},
-            SEEDS,
-            ADAPT,
-            prompt_length=config.prompt.length,
-            progress=lambda name, done, total: line.update(done, total, title=titles[name], unit=units[name]),
-        )
+    outcomes: list[Outcome] = []
+    with stage("Adapting", "steps") as line:
+        for task in TASKS:
+            rows = TaskRows.of(load_definition(task))
+            for method in METHODS:
+                line.update(0, ADAPT.steps, title=f"Adapting to {task}, {len(SEEDS)} seeds of {method}")
+                outcomes += evaluate_method(
+                    backbone,
+                    load_method(method),
+                    rows,
+                    [rows],
+                    SEEDS,
+                    ADAPT,
+                    checkpoint=checkpoint if method == "supmer" else None,
+                    prompt_length=config.prompt.length,
+                    progress=lambda _, done, total: line.update(done, total),
+                )
     with whole_file(out / "results.json") as file:
-        file.write_text(json.dumps([outcome.row() for outcome in outcomes], indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n", encoding="utf-8")
     _show(outcomes, time.monotonic() - started)
     checkpoint_folder = out / "run" / run.checkpoint.name
     # In a fresh clone the command stands in a virtual environment that is not on the path.
@@ -97,11 +105,11 @@ def _show(outcomes: list[Outcome], seconds: float) -> None:
     table = Table(title=f"K = {ADAPT.shots} a class, mean ± standard deviation over {len(SEEDS)} seeds")
     for column in ("method", "task", "dev accuracy", "test accuracy"):
         table.add_column(column, justify="right" if "accuracy" in column else "left")
-    for method in (PROMPT_TUNING, SUPMER):
+    for method in METHODS:
         for task in TASKS:
-            results = [outcome.result for outcome in outcomes if (outcome.method, outcome.task) == (method, task)]
-            dev = [100 * result.best.accuracy for result in results]
-            test = [100 * (result.test_accuracy or 0.0) for result in results]
+            own = [outcome for outcome in outcomes if (outcome.method, outcome.test) == (method, task)]
+            dev = [100 * outcome.dev_accuracy for outcome in own]
+            test = [100 * outcome.test_accuracy for outcome in own]
             cells = (f"{mean(values):.1f} ± {stdev(values):.1f}" for values in (dev, test))
             table.add_row(method, task, *cells)
     print()

@@ -13,13 +13,12 @@ from functools import cached_property
 
 import numpy as np
 import nupunkt
-import torch
 from sklearn.cluster import MiniBatchKMeans
 
 from supmer_ray.data.catalog import Document, unlabelled
+from supmer_ray.data.embed import frame, mean_pooled
 from supmer_ray.data.store import Family, item_rows
 from supmer_ray.model.backbone import Backbone
-from supmer_ray.tasks.batch import Examples, collate
 
 SOURCES = ("bbc", "rotten-tomatoes", "product-reviews", "newsgroups", "reuters")
 ORDERED = SOURCES[:3]
@@ -333,19 +332,10 @@ def task_corpus(corpus: Corpus) -> Corpus:
     )
 
 
-def embed(corpus: Corpus, backbone: Backbone, batch: int = 64) -> np.ndarray:
+def embed(corpus: Corpus, backbone: Backbone, tokens_per_batch: int = 2048) -> np.ndarray:
     """(sentences, d) float32 mean-pooled encoder states."""
-    means = np.zeros((len(corpus), backbone.d_model), np.float32)
-    order = np.argsort(np.diff(corpus.starts), kind="stable")
-    for part in np.array_split(order, max(1, len(order) // batch)):
-        inputs = [[*backbone.prefix, *corpus.row_tokens(int(row)).tolist(), *backbone.suffix] for row in part]
-        examples = Examples.of(inputs, [[backbone.closing]] * len(inputs))
-        padded = collate(examples, np.arange(len(inputs)), pad=backbone.pad, start=backbone.start)
-        with torch.no_grad():
-            states = backbone.encode(backbone.embed(padded.input_ids), padded.attention_mask).float()
-        mask = padded.attention_mask[..., None]
-        means[part] = ((states * mask).sum(1) / mask.sum(1)).numpy()
-    return means
+    inputs = [frame(backbone, corpus.row_tokens(row)) for row in range(len(corpus))]
+    return mean_pooled(backbone, inputs, tokens_per_batch)
 
 
 def cluster(embeddings: np.ndarray, seed: int) -> np.ndarray:

@@ -199,8 +199,10 @@ class Pretraining:
         rows = collate(examples, np.arange(len(examples)), pad=self.backbone.pad, start=self.backbone.start)
         length = int(generator.integers(0, self.config.prompt + 1)) if generator.random() < 0.8 else 0
         ids = torch.from_numpy(generator.integers(0, 5000, (int(rows.task.max()) + 1, length)))
-        states, mask = encode_prompted(self.backbone, self.backbone.embed(ids), rows)
-        return Encoded(kind, states, mask, torch.from_numpy(answers), torch.from_numpy(shares))
+        packed, layout = encode_prompted(self.backbone, self.backbone.embed(ids), rows)
+        states, held = layout.rectangle(packed)
+        mask = torch.ones(states.shape[:2], dtype=torch.bool) if held is None else held
+        return Encoded(kind, states, mask.long(), torch.from_numpy(answers), torch.from_numpy(shares))
 
     def losses(self, batch: Encoded, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the answer (B, vocabulary), its cross-entropy (B,), and the mean one of the frame around it."""
