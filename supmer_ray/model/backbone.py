@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -184,12 +187,23 @@ def load_backbone(
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     place = resolve(name)
     try:
+        _look_at_the_hub(place)
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         first_line = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             f"Cannot load the backbone '{name}' ({first_line}); name a folder with an encoder-decoder in "
             "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."
         ) from None
     return Backbone(model.to(device), tokenizer, name)
+
+
+def _look_at_the_hub(place: str) -> None:
+    """Ask the hub once for a model that is neither a folder nor in the cache.
+
+    Otherwise transformers would tell of ten attempts, for the better part of a minute, before it says that the hub
+    cannot be reached.
+    """
+    if not Path(place).is_dir() and try_to_load_from_cache(place, "config.json") is None:
+        get_hf_file_metadata(hf_hub_url(place, "config.json"))

@@ -1,5 +1,8 @@
 """Loading frozen models: what they are told apart by, where an answer goes, and what is refused."""
 
+import time
+
+import huggingface_hub
 import pytest
 import torch
 from tiny import make_tiny_t5
@@ -56,12 +59,15 @@ def test_each_example_stands_behind_its_own_prompt(folder):
     assert (both[0] - both[1]).abs().max() > 1e-3
 
 
-def test_what_cannot_be_loaded_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in (str(tmp_path), "nobody/no-such-model"):
+def test_what_cannot_be_loaded_is_one_sentence(tmp_path, monkeypatch, caplog):
+    """Without a hub it is told at once, not after the ten attempts that transformers makes."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    for name in (str(tmp_path), "nobody/no-such-model", "no such name"):
         with pytest.raises(UserError, match="Cannot load the backbone") as caught:
             load_backbone(name)
         assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 20 and not caplog.records
 
 
 def test_a_pickle_is_never_read(folder, tmp_path):
