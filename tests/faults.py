@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -27,6 +29,12 @@ def rows_of(file, kind):
     return [row for row in map(json.loads, file.read_text().splitlines()) if row["kind"] == kind]
 
 
+def whole_rows(file):
+    """The rows of a metrics file that is being written: without the line that is not whole yet."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def assert_same_weights(one, other):
     for name in ("prompt.safetensors", "regularizer.safetensors", "optimizer.safetensors"):
         first, second = load_file(one / name), load_file(other / name)
@@ -48,6 +56,24 @@ def kill(name):
 def kill_workers():
     """SIGKILL the workers of Ray Train."""
     return kill("RayTrainWorker")
+
+
+@contextmanager
+def hunting(hunt):
+    """Call `hunt` again and again beside the block."""
+    over = threading.Event()
+
+    def run():
+        while not over.wait(0.02):
+            hunt()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _is_ours(process):

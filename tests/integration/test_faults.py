@@ -4,12 +4,10 @@ import json
 import random
 import shutil
 import subprocess
-import threading
-import time
 
 import numpy as np
 import pytest
-from faults import SETTINGS, assert_same_weights, kill, kill_workers, rows_of
+from faults import SETTINGS, assert_same_weights, hunting, kill, kill_workers, rows_of, whole_rows
 from safetensors.numpy import load_file, save
 
 from supmer_ray.config import load_run_config
@@ -18,8 +16,8 @@ from supmer_ray.errors import UserError
 from supmer_ray.train import train
 
 
-def assert_undisturbed(result, undisturbed):
-    assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
+def assert_undisturbed(result, undisturbed, steps=12):
+    assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, steps + 1))
     assert_same_weights(result.checkpoint, undisturbed.checkpoint)
     one, other = (rows_of(run.metrics, "step") for run in (result, undisturbed))
     assert [row["query_loss"] for row in one] == [row["query_loss"] for row in other]
@@ -31,12 +29,11 @@ def test_a_killed_builder_and_a_second_run_in_the_folder_change_nothing(undistur
     config = load_run_config(None, SETTINGS)
 
     def kill_a_builder():
-        while not killed and hunter_is_wanted:
+        if not killed:
             killed.extend(kill("ReadMetaTasks"))
 
     def disturb(row):
         if row["kind"] == "validation" and row["step"] == 0:
-            hunter.start()
             with pytest.raises(UserError, match="a run is going on; wait for its end"):
                 train(config, tiny_store, out, resume=True)
             with pytest.raises(UserError, match="a run is going on; wait for its end"):
@@ -44,10 +41,8 @@ def test_a_killed_builder_and_a_second_run_in_the_folder_change_nothing(undistur
             with pytest.raises(UserError, match="already holds a run"):
                 train(config, tiny_store, out)
 
-    hunter, hunter_is_wanted = threading.Thread(target=kill_a_builder), [True]
-    result = train(config, tiny_store, out, progress=disturb)
-    hunter_is_wanted.clear()
-    hunter.join()
+    with hunting(kill_a_builder):
+        result = train(config, tiny_store, out, progress=disturb)
     assert killed
     assert_undisturbed(result, undisturbed)
 
@@ -94,21 +89,23 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_a_sentence(undisturbed, t
 
 
 @pytest.mark.slow
-def test_ten_kills_in_one_run_change_nothing(undisturbed, tiny_store, tmp_path):
-    """After ten of the steps the worker is killed at a random moment."""
-    chance = random.Random(0)
-    steps, killed = sorted(chance.sample(range(1, 12), 10)), []
+def test_ten_kills_in_one_run_change_nothing(tiny_store, tmp_path):
+    """The worker is killed again and again, each time one to three steps beyond where it was killed before."""
+    settings = [*SETTINGS, "meta.steps=60", "schedule.validate_every=60", "workers.max_failures=20"]
+    config = load_run_config(None, settings)
+    quiet, out = train(config, tiny_store, tmp_path / "quiet"), tmp_path / "run"
+    chance, killed_at = random.Random(0), [0]
 
-    def disturb(row):
-        if row["kind"] == "step" and steps and row["step"] >= steps[0]:
-            steps.pop(0)
-            time.sleep(chance.uniform(0, 0.3))
-            killed.append(kill_workers())
+    def kill_now_and_then():
+        reached = max((row["step"] for row in whole_rows(out / "metrics.jsonl")), default=0)
+        if len(killed_at) <= 10 and reached >= killed_at[-1] + beyond[len(killed_at) - 1] and kill_workers():
+            killed_at.append(reached)
 
-    config = load_run_config(None, [*SETTINGS, "schedule.checkpoint_every=1", "workers.max_failures=20"])
-    result = train(config, tiny_store, tmp_path / "run", progress=disturb)
-    assert len(killed) == 10 and all(killed)
-    assert_undisturbed(result, undisturbed)
+    beyond = [chance.randint(1, 3) for _ in range(10)]
+    with hunting(kill_now_and_then):
+        result = train(config, tiny_store, out)
+    assert len(killed_at) == 11
+    assert_undisturbed(result, quiet, steps=60)
 
 
 @pytest.fixture
