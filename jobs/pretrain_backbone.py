@@ -1,10 +1,13 @@
 """Train the decoder of the embedded backbone anew and write it with its card.
 
-    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . -- \
-        python jobs/pretrain_backbone.py --output runs/backbone
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . \\
+        --runtime-env jobs/runtime-env.yaml -- \\
+        python jobs/pretrain_backbone.py --output /shared/backbone
 
-It is one process that needs no Ray of its own; run it again with the same settings to go on from the last
-checkpoint. The package ships the `decoder.safetensors` and the `CARD.md` that it writes.
+Submit it from the project's folder. The token is in `~/.ray/auth_token` of the head; from another machine, put
+it there or into `RAY_AUTH_TOKEN`. It is one process that needs no Ray of its own, on the head; run it again with the
+same settings to go on from the last checkpoint. The package ships the `decoder.safetensors` and the `CARD.md` that it
+writes.
 """
 
 from __future__ import annotations

@@ -408,7 +408,7 @@ def build(schema: type[Section], values: Mapping[str, Any], where: str) -> Secti
     except ValidationError as error:
         first = error.errors()[0]
         keys = [str(part) for part in first["loc"]]
-        path = ".".join(keys) or "the configuration"
+        path = ".".join(keys)
         if first["type"] == "extra_forbidden":
             known = _keys_at(schema, keys[:-1])
             raise UserError(f"Unknown key '{path}' in {where}; {nearest(keys[-1], known)}") from None
@@ -416,7 +416,8 @@ def build(schema: type[Section], values: Mapping[str, Any], where: str) -> Secti
             raise UserError(f"Missing key '{path}' in {where}; write it.") from None
         reason = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-        sentence = f"Impossible value for '{path}' in {where}: {reason}{got}"
+        what = f"value for '{path}'" if path else "settings"
+        sentence = f"Impossible {what} in {where}: {reason}{got}"
         raise UserError(sentence if sentence.endswith((".", "?")) else f"{sentence}.") from None
 
 
