@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from dataclasses import dataclass
 
 from supmer_ray.config import WorkersConfig
 from supmer_ray.errors import UserError
+
+KNOCK_SECONDS = 20.0
+"""How long a cluster may take to accept a connection."""
 
 BUILDER_CPUS = 0.5
 """What a builder of meta-tasks reserves: it is idle most of the time, waiting for the training step."""
@@ -36,10 +40,11 @@ def connect() -> Resources:
     import ray.data
 
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "auto")
         try:
+            _knock(address)
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, TimeoutError) as error:
-            address = os.environ.get("RAY_ADDRESS", "auto")
             raise UserError(
                 f"The Ray cluster at RAY_ADDRESS={address} does not answer ({error}); start it, or unset RAY_ADDRESS."
             ) from None
@@ -49,6 +54,20 @@ def connect() -> Resources:
     total = ray.cluster_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), nodes)
+
+
+def _knock(address: str) -> None:
+    """Try the port of a cluster once: Ray itself would go on for ten minutes, and fill the screen meanwhile.
+
+    Raises:
+        ConnectionError: nothing answers there.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in address and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from None
 
 
 def require_room(resources: Resources, workers: WorkersConfig) -> None:

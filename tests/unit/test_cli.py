@@ -79,6 +79,13 @@ def test_inputs_that_do_not_exist(tmp_path):
     assert not out.exists()
 
 
+def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    message = refused("prepare", "--source", "bbc", "--out", tmp_path / "out")
+    assert "The Ray cluster at RAY_ADDRESS=127.0.0.1:9 does not answer (" in message and "unset RAY_ADDRESS" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_doctor_replays_a_golden_file():
     done = supmer("doctor", "--golden", FIXTURE)
     assert done.returncode == 0, done.stderr
