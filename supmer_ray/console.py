@@ -47,7 +47,7 @@ class StageLine:
         self._done, self._total, self._note = 0, 0, ""
         self._first: tuple[int, float] | None = None
         if self._bar:
-            self._task: TaskID = self._bar.add_task(title, total=None, text="")
+            self._task: TaskID = self._bar.add_task(title, total=None, text="starting")
 
     def update(
         self, done: int, total: int | None = None, note: str = "", *, title: str | None = None, unit: str | None = None
@@ -81,7 +81,7 @@ class StageLine:
             if row["kind"] == "step":
                 note = f"loss {row['query_loss']:.3f} ({row['task_type']}), s {row['running_similarity'] or 0:.2f}"
                 if row["skipped"]:
-                    note += f", {row['skipped']} skipped for gradients that were not finite"
+                    note += f", {row['skipped']} skipped (not finite)"
                 self.update(row["step"], steps, note)
             elif row["kind"] == "notice":
                 errors.print(row["text"], soft_wrap=True)
