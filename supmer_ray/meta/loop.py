@@ -358,6 +358,10 @@ def meta_train(plan: RunPlan, host: Host) -> None:
     if state.progress.step == 0:
         validate()
     schedule, last = config.schedule, config.meta.steps
+    if plan.objective and state.progress.step == last:
+        # The sweep was killed after this trial's last snapshot and before it noted what the trial had found.
+        found = learner.validate(builder, plan.validation_types or config.tasks.types)
+        report({"step": last, **plan.objective(learner, found)})
     steps = range(state.progress.step, last)
     source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
     shards = stream_shards(source, steps, builders=config.workers.builders)
