@@ -16,6 +16,9 @@ from typing import Any
 RAY = str(Path(sys.executable).with_name("ray"))
 PROJECT = Path(__file__).parents[1]
 
+PATIENCE_SECONDS = 900
+"""How long a test waits for what takes seconds on an idle machine: only what never comes fails."""
+
 
 def free_ports(count):
     probes = [socket.socket() for _ in range(count)]
@@ -42,6 +45,8 @@ class Cluster:
         self.folder = folder
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
+        # A job that is stopped gets the time to save even where the machine has much else to do.
+        self.environment["RAY_JOB_STOP_WAIT_TIME_S"] = "60"
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment["SUPMER_HOME"] = os.environ.get("SUPMER_HOME", str(Path.home() / ".cache" / "supmer"))
         self.ray("get-auth-token", "--generate")
@@ -53,7 +58,7 @@ class Cluster:
             "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
             f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
         )  # fmt: skip
-        self.wait_for(lambda: self.alive() == 1, "the head", seconds=90)
+        self.wait_for(lambda: self.alive() == 1, "the head")
 
     def join(self, cpus: int = 1) -> subprocess.Popen:
         """Start a worker node; returns its process."""
@@ -106,28 +111,35 @@ class Cluster:
         self.ray(*command, *([] if installed else ["--working-dir", "."]), "--", *words)
         return job
 
-    def job(self, verb: str, job: str) -> str:
-        """`ray job VERB` of a job: what it prints."""
-        return self.ray("job", verb, "--address", self.dashboard, job, check=False).stdout
+    def stop(self, job: str) -> None:
+        """`ray job stop`, without waiting for the end."""
+        self.ray("job", "stop", "--address", self.dashboard, "--no-wait", job)
+
+    def follow(self, job: str) -> str:
+        """`ray job logs --follow`: what it prints until the job ends."""
+        return self.ray("job", "logs", "--follow", "--address", self.dashboard, job, check=False).stdout
 
     def api(self, path: str) -> Any:
         """What the dashboard answers."""
         token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
         request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
-    def wait_for_job(self, job: str, *states: str, seconds: float = 240) -> str:
-        """Wait until a job is in one of `states`; returns its log."""
-        words = states or ("SUCCEEDED", "FAILED", "STOPPED")
-        self.wait_for(
-            lambda: any(word in self.job("status", job) for word in words), f"{job} to be {words}", seconds=seconds
-        )
-        return self.job("logs", job)
+    def state(self, job: str) -> str:
+        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+        return self.api(f"/api/jobs/{job}")["status"]
+
+    def wait_for_end(self, job: str, state: str = "SUCCEEDED") -> str:
+        """Wait until a job ended, as it should; returns its log."""
+        self.wait_for(lambda: self.state(job) in ("SUCCEEDED", "FAILED", "STOPPED"), f"the end of {job}")
+        log = self.api(f"/api/jobs/{job}/logs")["logs"]
+        assert self.state(job) == state, log
+        return log
 
     @staticmethod
-    def wait_for(condition, what, seconds=60.0):
-        end = time.monotonic() + seconds
+    def wait_for(condition, what):
+        end = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             assert time.monotonic() < end, f"waited in vain for {what}"
             time.sleep(0.5)

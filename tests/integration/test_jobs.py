@@ -1,9 +1,11 @@
 """`ray job submit` on a real cluster with token authentication: submit, follow the log, stop, submit again, resume."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
+import faults
 import pytest
 import yaml
 from cluster import PROJECT, Cluster
@@ -27,9 +29,7 @@ def cluster(tmp_path):
 
 
 def steps(out):
-    file = out / "metrics.jsonl"
-    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else []
-    return [row["step"] for row in rows if row["kind"] == "step"]
+    return [row["step"] for row in faults.whole_rows(out / "metrics.jsonl") if row["kind"] == "step"]
 
 
 @pytest.mark.slow
@@ -44,13 +44,13 @@ def test_a_job_that_was_stopped_leaves_a_checkpoint_that_resumes(cluster, tiny_s
     cluster.environment = with_token
 
     job = cluster.submit(*command)
-    cluster.wait_for(lambda: len(steps(out)) >= 5, "five steps", seconds=180)
+    cluster.wait_for(lambda: len(steps(out)) >= 5, "five steps")
     (shown,) = cluster.api("/api/train/v2/runs/v1")["train_runs"]
     assert shown["name"] == "run" and shown["status"] == "RUNNING"
     (attempt,) = shown["attempts"]
     assert [worker["world_rank"] for worker in attempt["workers"]] == [0]
-    cluster.job("stop", job)
-    log = cluster.wait_for_job(job, "STOPPED")
+    cluster.stop(job)
+    cluster.wait_for_end(job, "STOPPED")
     reached = steps(out)
     # Nothing but the signal asked for a snapshot: the next regular one would come after the end.
     snapshots = sorted(out.glob("checkpoint_*/progress.json"))
@@ -58,7 +58,8 @@ def test_a_job_that_was_stopped_leaves_a_checkpoint_that_resumes(cluster, tiny_s
     assert 5 <= reached[-1] < 100
 
     again = cluster.submit(*command, "--resume")
-    log = cluster.wait_for_job(again, "SUCCEEDED", "FAILED")
+    followed, log = cluster.follow(again), cluster.wait_for_end(again)
+    assert log.splitlines()[-1] in followed
     assert "Meta-training: 100 steps in" in log and "Traceback" not in log
     assert f"{out}/checkpoint: the meta-trained prompt" in log
     assert len(log.splitlines()) < 60, "a job's log is a few plain lines"
@@ -67,18 +68,52 @@ def test_a_job_that_was_stopped_leaves_a_checkpoint_that_resumes(cluster, tiny_s
     assert (out / "checkpoint" / "prompt.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_a_job_whose_driver_was_killed_is_submitted_again(cluster, undisturbed, tiny_store, tmp_path):
+    out = tmp_path / "run"
+    settings = [part for pair in faults.SETTINGS for part in ("--set", pair)]
+    command = ["python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings]
+    killed = []
+
+    def kill_the_driver():
+        if not killed and len(steps(out)) >= 4:
+            killed.extend(faults.kill("jobs/train.py"))
+
+    with faults.hunting(kill_the_driver):
+        job = cluster.submit(*command)
+        cluster.wait_for_end(job, "FAILED")
+    assert killed and not (out / "checkpoint").exists()
+    again = cluster.submit(*command, "--resume")
+    log = cluster.wait_for_end(again)
+    assert f"{out}/checkpoint: the meta-trained prompt" in log and "Traceback" not in log
+    assert steps(out) == list(range(1, 13))
+    faults.assert_same_weights(out / "checkpoint", undisturbed.checkpoint)
+
+
 def options(verb):
     """The options of a verb of the command line."""
     return {option for parameter in get_command(app).commands[verb].params for option in parameter.opts}
 
 
+def documented(name):
+    """What the docstring of a job says, on one line as a shell would read it."""
+    text = ast.get_docstring(ast.parse((PROJECT / "jobs" / f"{name}.py").read_text()))
+    return " ".join(text.replace("\\\n", " ").split())
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "tune", "evaluate", "pretrain_backbone"])
+def test_every_job_documents_its_whole_command(name):
+    command = (
+        "RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . "
+        f"--runtime-env jobs/runtime-env.yaml -- python jobs/{name}.py "
+    )
+    assert command in documented(name) and "~/.ray/auth_token" in documented(name)
+
+
 @pytest.mark.parametrize("name", ["prepare", "train", "tune", "evaluate"])
-def test_every_job_documents_its_command_and_takes_the_options_of_its_verb(name):
-    text = (PROJECT / "jobs" / f"{name}.py").read_text()
-    documented = " ".join(text.split('"""')[1].replace("\\\\\n", " ").split())
-    assert "RAY_AUTH_MODE=token ray job submit" in documented and "--runtime-env jobs/runtime-env.yaml" in documented
-    assert f'main(["{name}", *sys.argv[1:]])' in text
-    command = re.search(rf"python jobs/{name}\.py (.*?)(?= Submit)", documented).group(1)
+def test_every_job_takes_the_options_of_its_verb(name):
+    assert f'main(["{name}", *sys.argv[1:]])' in (PROJECT / "jobs" / f"{name}.py").read_text()
+    command = re.search(rf"python jobs/{name}\.py (.*?)(?= Submit)", documented(name)).group(1)
     assert set(re.findall(r"--[a-z-]+", command)) <= options(name)
 
 
