@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -21,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext
-from ray.exceptions import RayTaskError
-from ray.util import ActorPool
+from ray.exceptions import RayActorError, RayTaskError
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data.domains import cluster, empty_family
@@ -59,6 +59,9 @@ PAIR_SHARE = 0.1
 
 BLOCK_BYTES = 4 * 2**20
 """Text in one Ray Data block: small, so that one large file still feeds every worker."""
+
+MOST_LOSSES = 3
+"""How often embedding actors may be lost over the same work; over their start, so often for each of them."""
 
 MOST_CPU_EMBEDDERS = 8
 """Actors without a GPU that start unless more are asked for: each holds the whole backbone in memory."""
@@ -260,16 +263,41 @@ def _item_counts(folder: Path, writer: SentenceWriter, domains: int) -> dict[str
 def _embed(config: PrepareConfig, folder: Path, scratch: Path, sentences: int, tell: Progress) -> None:
     """Write the vectors of all sentences and pairs into `scratch`."""
     count, reserved = _embedding_workers(config.embedders)
-    numbers: list[Any] = list(range(-(-sentences // STRETCH)))
-    actor = ray.remote(Embedder).options(max_restarts=3, max_task_retries=3, **reserved)
-    actors = [
-        actor.remote(folder, scratch, config.backbone, "num_gpus" in reserved) for _ in range(min(count, len(numbers)))
-    ]
+    waiting = list(range(-(-sentences // STRETCH)))
+    embedder: Any = ray.remote(Embedder).options(**reserved)
+
+    def start() -> tuple[Any, Any]:
+        actor = embedder.remote(folder, scratch, config.backbone, "num_gpus" in reserved)
+        return actor.__ray_ready__.remote(), actor
+
+    # Stretches are given to actors that stand, and Ray restarts none: where a node leaves, an actor may have no place
+    # to start again for as long as the others work, and what was given to it would wait as long.
+    busy: dict[Any, tuple[Any, int | None]] = {}  # a call → its actor, and the stretch; None: it is starting
+    for ready, actor in (start() for _ in range(min(count, len(waiting)))):
+        busy[ready] = actor, None
+    losses: Counter[int | None] = Counter()
     done = 0
     tell("Embedding sentences", done, sentences, "sentences")
-    for rows in ActorPool(actors).map_unordered(lambda embedder, number: embedder.embed.remote(number), numbers):
-        done += rows
-        tell("Embedding sentences", done, sentences, "sentences")
+    while done < sentences:
+        (call,), _ = ray.wait(list(busy), num_returns=1)
+        actor, stretch = busy.pop(call)
+        try:
+            rows = _get(call)
+        except RayActorError:
+            losses[stretch] += 1
+            if losses[stretch] > (MOST_LOSSES if stretch is not None else MOST_LOSSES * count):
+                raise
+            if stretch is not None:
+                waiting.append(stretch)
+            ready, actor = start()
+            busy[ready] = actor, None
+            continue
+        if stretch is not None:
+            done += rows
+            tell("Embedding sentences", done, sentences, "sentences")
+        if waiting:
+            stretch = waiting.pop(0)
+            busy[actor.embed.remote(stretch)] = actor, stretch
 
 
 def _find_domains(
