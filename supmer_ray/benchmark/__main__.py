@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "--no-baseline", action="store_true", help="time our step alone (sizes the baseline cannot hold)"
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
+    parser.add_argument("--compiled", action="store_true", help="also time our step with its norms compiled")
+    parser.add_argument("--gpu", action="store_true", help="everything that is asked of a GPU, in one go")
     parser.add_argument("--data", action="store_true", help="measure the builder of meta-tasks on --store")
     parser.add_argument("--scaling", action="store_true", help="measure one worker against two")
     parser.add_argument("--fewshot", action="store_true", help="measure adapting many runs together")
@@ -84,7 +86,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         from supmer_ray.benchmark.scaling import measure_scaling
 
         report["scaling"] = [measure_scaling(size, options, print) for size in options.size]
-    if not (options.data or options.fewshot or options.scaling or options.embed or options.prepare):
+    if options.gpu:
+        from supmer_ray.benchmark.gpu import measure_gpu
+
+        report["gpu"] = measure_gpu(options, print)
+        print_steps(report["gpu"]["steps"])
+    asked = (options.data, options.fewshot, options.scaling, options.embed, options.prepare, options.gpu)
+    if not any(asked):
         report["steps"] = _steps(options)
     return report
 
@@ -106,6 +114,7 @@ def _steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             repeats=options.repeats,
             baseline=not options.no_baseline,
             checkpointing=options.checkpointing,
+            compiled=options.compiled,
         )
         if options.store:
             chosen = [Lengths.of_store(options.store, options.max_length)]
@@ -114,21 +123,22 @@ def _steps(options: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             chosen = [Lengths.fixed(length) for length in options.lengths]
         rows += [measure_step(settings, lengths, lambda line: print(line, file=sys.stderr)) for lengths in chosen]
-    _print_steps(rows)
+    print_steps(rows)
     return rows
 
 
-def _print_steps(rows: list[dict[str, Any]]) -> None:
-    print(f"{'size':9} {'length':>9} {'step':>9} {'median s':>9} {'× base':>7} {'tasks/s':>8} {'tokens/s':>9} "
+def print_steps(rows: list[dict[str, Any]]) -> None:
+    print(f"{'size':9} {'length':>9} {'step':>17} {'median s':>9} {'× base':>7} {'tasks/s':>8} {'tokens/s':>9} "
           f"{'GFLOP/s':>8} {'of peak':>8} {'MiB':>6} {'Δ grad':>8}")  # fmt: skip
     for row in rows:
         for name, one in row["variants"].items():
+            difference = f"{one['gradient_difference']:.1e}" if one["gradient_difference"] is not None else "–"
             speedup = f"{one['speedup']:.2f}" if one["speedup"] else "–"
             print(
-                f"{row['size']:9} {row['lengths']:>9} {name:>9} {one['seconds']:9.3f} {speedup:>7} "
+                f"{row['size']:9} {row['lengths']:>9} {name:>17} {one['seconds']:9.3f} {speedup:>7} "
                 f"{one['tasks_per_second']:8.2f} {one['tokens_per_second']:9,.0f} "
                 f"{one['model_flops_per_second'] / 1e9:8.0f} {one['peak_fraction']:8.0%} "
-                f"{one['peak_memory_bytes'] / 2**20:6.0f} {one['gradient_difference']:8.1e}"
+                f"{one['peak_memory_bytes'] / 2**20:6.0f} {difference:>8}"
             )
 
 

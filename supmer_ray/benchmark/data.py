@@ -57,18 +57,9 @@ def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         connecting = time.perf_counter()
         connect()
-        began = time.perf_counter()
-        seen: dict[str, float] = {}
-
-        def note(row: dict[str, Any]) -> None:
-            seen.setdefault(row["kind"], time.perf_counter())
-
-        result = train(
-            build(RunConfig, RUN, "the benchmark"),
-            path,
-            Path(folder) / "run",
-            progress=note,
-        )
+        connected = time.perf_counter() - connecting
+        began = time.time()
+        result = train(build(RunConfig, RUN, "the benchmark"), path, Path(folder) / "run")
         rows = [json.loads(line) for line in result.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
     waited, worked = (sum(row[name] for row in steps) for name in ("data_wait_seconds", "step_seconds"))
@@ -76,11 +67,12 @@ def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     waited_later = sum(row["data_wait_seconds"] for row in later)
     fraction = waited_later / (waited_later + sum(row["step_seconds"] for row in later))
     say(f"training: {fraction:.2%} of the time after the first step waits for data ({waited:.2f} s in all)")
-    start = {
-        "cluster": began - connecting,
-        "workers, backbone and first validation": seen["validation"] - began,
-        "first step": seen["step"] - seen["validation"],
-    }
+    (reached,) = [row["reached"] for row in rows if row["kind"] == "start"]
+    times = [began, *reached.values()]
+    names = ("Ray Train's worker", "backbone", "first validation", "first step")
+    start = {"cluster": connected}
+    start |= {name: later - sooner for name, sooner, later in zip(names, times, times[1:], strict=False)}
+    start["of which waiting for its data"] = steps[0]["data_wait_seconds"]
     say("from the command to the first step: " + ", ".join(f"{name} {value:.1f} s" for name, value in start.items()))
     return {
         "store": path.name,
@@ -102,7 +94,7 @@ def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[di
     connect()
     rows = []
     for documents in sizes:
-        config = PrepareConfig(sources=("bbc",), domains=24, max_documents=documents)
+        config = PrepareConfig(sources=("bbc",), domains=8, max_documents=documents)
         with tempfile.TemporaryDirectory() as folder, _tree_memory() as peak:
             started = time.perf_counter()
             store = prepare(config, Path(folder) / "store")

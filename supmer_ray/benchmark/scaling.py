@@ -50,6 +50,8 @@ def _worker(
     torch.set_num_threads(threads)
     gpus = torch.cuda.device_count() >= workers
     backend, device = ("nccl", torch.device("cuda", rank)) if gpus else ("gloo", torch.device("cpu"))
+    if gpus:
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     backbone = random_backbone(size, device, torch.bfloat16 if gpus else torch.float32)
     torch.manual_seed(1)
@@ -66,6 +68,8 @@ def _worker(
         torch.distributed.barrier()
         started = time.perf_counter()
         found = step(prompt, torch.full((1,), 0.1, device=device), batch, torch.tensor(mixing).numpy())
+        if gpus:
+            torch.cuda.synchronize()
         computed = time.perf_counter()
         reduce_sums(found, 0.0, False)
         if round_:

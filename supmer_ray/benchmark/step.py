@@ -33,6 +33,8 @@ class StepSettings:
         max_length: what the baseline pads to.
         precisions: of the frozen weights in our step; the baseline is float32.
         repeats: rounds; each times the peak, the baseline and ours once.
+        baseline: without it there is nothing to hold the gradients against either, and no float32 model in memory.
+        compiled: time our step a second time with its norms compiled.
     """
 
     size: str
@@ -47,6 +49,7 @@ class StepSettings:
     repeats: int = 5
     baseline: bool = True
     checkpointing: bool = False
+    compiled: bool = False
 
 
 @dataclass
@@ -68,30 +71,36 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
     flops = step_flops(settings.size, batch, settings.prompt)
     tokens = sum(int((e.lengths + settings.prompt).sum()) for e in (batch.support, batch.query, batch.partner))
     variants: dict[str, Callable[[], Any]] = {}
-    plain = random_backbone(settings.size, device, torch.float32)
+    dtypes = {name: getattr(torch, name) for name in settings.precisions}
+    owns = {name: random_backbone(settings.size, device, dtype) for name, dtype in dtypes.items()}
+    first = owns[settings.precisions[0]]
     torch.manual_seed(1)
-    regularizer = Regularizer(plain.d_model).to(device)
-    prompt = plain.random_rows(settings.prompt, 5000, torch.Generator().manual_seed(0))
+    regularizer = Regularizer(first.d_model).to(device)
+    prompt = first.random_rows(settings.prompt, 5000, torch.Generator().manual_seed(0))
     rates = torch.full((1,), 0.1, device=device)
     if settings.baseline:
+        plain = random_backbone(settings.size, device, torch.float32)
         sequential = SequentialStep(plain, regularizer, settings.max_length)
         variants["baseline"] = lambda: sequential(prompt, 0.1, batch, mixing)[0]
-    for precision in settings.precisions:
-        dtype = getattr(torch, precision)
-        own = random_backbone(settings.size, device, dtype)
-        own.forward.checkpointing = settings.checkpointing  # type: ignore[attr-defined]
+    for precision, own in owns.items():
+        forward: Any = own.forward
+        forward.checkpointing = settings.checkpointing
         step = MetaStep(own, regularizer, token_budget=settings.token_budget)
-        variants[precision] = _summed(step, prompt, rates, batch, mixing)
+        variants[precision] = _summed(step, prompt, rates, batch, mixing, compiled=False)
+        if settings.compiled:
+            variants[f"{precision} compiled"] = _summed(step, prompt, rates, batch, mixing, compiled=True)
 
     gradients = {name: run().float() for name, run in variants.items()}  # and the warm-up
     # Half precision is held against float32 arithmetic on the same weights: what they lost in rounding is the model's.
-    references = {name: gradients.get("baseline", gradients[settings.precisions[0]]) for name in variants}
-    for name in settings.precisions:
-        if name == "bfloat16":
+    references: dict[str, torch.Tensor] = {}
+    if settings.baseline:
+        references = dict.fromkeys(variants, gradients["baseline"])
+        if "bfloat16" in owns:
             rounded = Backbone(random_backbone(settings.size, device, torch.bfloat16).model.float(), None, "rounded")
             rounded.pad = plain.pad
             step = MetaStep(rounded, regularizer, token_budget=settings.token_budget)
-            references[name] = step(prompt, rates, batch, mixing).prompt
+            exact = step(prompt, rates, batch, mixing).prompt
+            references |= {name: exact for name in variants if name.startswith("bfloat16")}
             del rounded, step
     series = {name: Series() for name in variants}
     peaks: list[float] = []
@@ -115,7 +124,7 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
             "model_flops_per_second": flops / seconds,
             "peak_fraction": flops / seconds / peak,
             "peak_memory_bytes": one.peak_bytes,
-            "gradient_difference": _difference(gradients[name], references[name]),
+            "gradient_difference": _difference(gradients[name], references[name]) if references else None,
         }
     return {
         "size": settings.size,
@@ -133,8 +142,9 @@ def _difference(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((found - reference).norm() / reference.norm())
 
 
-def _summed(step: MetaStep, *arguments: Any) -> Callable[[], torch.Tensor]:
+def _summed(step: MetaStep, *arguments: Any, compiled: bool) -> Callable[[], torch.Tensor]:
     def run() -> torch.Tensor:
+        step.backbone.forward.compiled = compiled  # type: ignore[attr-defined]
         found: MetaGradients = step(*arguments)
         return found.prompt
 

@@ -310,9 +310,10 @@ def meta_train(plan: RunPlan, host: Host) -> None:
     """
     from supmer_ray.monitoring.loggers import figures, open_loggers
     from supmer_ray.monitoring.series import RunSeries
-    from supmer_ray.tasks.stream import ShardSource, stream_shards
+    from supmer_ray.tasks.stream import ShardSource, ahead, stream_shards
 
     config, rank = plan.config, host.rank
+    reached = {"worker": time.time()}
     store = Store.open(plan.store)
     if host.device.type == "cpu":
         # Builders are idle most of the time, so a CPU worker may use its whole share of the node.
@@ -320,12 +321,17 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         torch.set_num_threads(max(1, int(config.workers.cpus), share))
     dtype = getattr(torch, config.workers.precision) if config.workers.precision else None
     backbone = load_backbone(store.manifest.backbone.name, device=host.device, dtype=dtype)
+    reached["backbone"] = time.time()
     require_same_backbone(store, backbone)
     if config.workers.checkpoint_activations:
         backbone.checkpoint_activations()
     formats = make_formats(config, backbone)
 
     state, damaged = restore(host.snapshots(), config, backbone)
+    schedule, last = config.schedule, config.meta.steps
+    source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
+    # The builders start while this worker validates.
+    shards = ahead(stream_shards(source, range(state.progress.step, last), builders=config.workers.builders))
     learner = Learner(config, backbone, state, rank, host.workers)
     builder = TaskBuilder(store, formats, config.tasks, config.seed)
     log = MetricsLog(plan.out, state.progress.step) if rank == 0 else None
@@ -357,14 +363,11 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         write({"kind": "notice", "step": state.progress.step, "text": text})
     if state.progress.step == 0:
         validate()
-    schedule, last = config.schedule, config.meta.steps
     if plan.objective and state.progress.step == last:
         # The sweep was killed after this trial's last snapshot and before it noted what the trial had found.
         found = learner.validate(builder, plan.validation_types or config.tasks.types)
         report({"step": last, **plan.objective(learner, found)})
-    steps = range(state.progress.step, last)
-    source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
-    shards = stream_shards(source, steps, builders=config.workers.builders)
+    reached["validated"] = time.time()
     asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and plan.out.read(STOP_FILE) is not None)
     for batch, waited in _timed(shards):
         started = time.perf_counter()
@@ -379,6 +382,9 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             "data_wait_seconds": waited,
             "tokens": int(batch.support.offsets[-1] + batch.query.offsets[-1] + batch.partner.offsets[-1]),
         }
+        if reached:
+            write({"kind": "start", "step": done, "reached": {**reached, "step": time.time()}})
+            reached = {}
         write(row)
         validated = done % schedule.validate_every == 0 or done == last
         found = validate() if validated else {}

@@ -123,7 +123,7 @@ class MetaStep:
         query_gradient, query_loss = self._query_gradient(adapted, batch, mixing)
         agreement = torch.cosine_similarity(query_gradient, update.detach(), dim=-1).mean(dim=-1)
         similarity = (1 + agreement) / 2
-        delta = torch.as_tensor(batch.domain_similarity, dtype=gate.dtype, device=gate.device)
+        delta = to_device(batch.domain_similarity, gate.device).to(gate.dtype)
         penalty = (delta / 2 + similarity / 2 - gate) ** 2
 
         parameters = list(self.regularizer.parameters())
@@ -205,7 +205,7 @@ class MetaStep:
 
     def _counts(self, examples: Examples, tasks: int) -> Tensor:
         counts = np.bincount(examples.task, minlength=tasks).astype(np.float32)
-        return torch.from_numpy(counts).to(self.backbone.device)
+        return to_device(counts, self.backbone.device)
 
     def _support_gradient(
         self, adapted: Tensor, support: Examples, index: list[np.ndarray], *, differentiable: bool = True
@@ -265,7 +265,7 @@ class MetaStep:
         labels, partner_labels = rows.labels[:, :MIXED_POSITIONS], partner.labels[:, :MIXED_POSITIONS]
         own = log_p.gather(2, labels[..., None])[..., 0]
         other = log_p.gather(2, partner_labels[..., None])[..., 0]
-        weight = torch.as_tensor(mixing, dtype=log_p.dtype, device=log_p.device)[:, None]
+        weight = to_device(mixing, log_p.device).to(log_p.dtype)[:, None]
         # −H(target): 0 where both labels agree, for the target is then one word.
         negative_entropy = torch.xlogy(weight, weight) + torch.xlogy(1 - weight, 1 - weight)
         cross = weight * own + (1 - weight) * other

@@ -9,7 +9,7 @@ be too many kernels, a micro-batch is one padded group whose mask travels inside
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -39,6 +39,7 @@ class Layout:
 
     widths: tuple[int, ...]
     keys: tuple[int, ...]
+    _made: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -62,18 +63,32 @@ class Layout:
         """Whether examples of one width have different numbers of keys: they need a mask to stand in one group."""
         return len(set(self.widths)) == 1 and len(set(self.keys)) > 1
 
+    @property
+    def equal(self) -> bool:
+        """Whether all examples have the same width."""
+        return len(set(self.widths)) == 1
+
     def behind(self, rows: int) -> Layout:
         """The layout with `rows` more positions before each example: its soft prompt."""
         return Layout(tuple(w + rows for w in self.widths), tuple(k + rows for k in self.keys))
 
     def examples(self, device: torch.device) -> Tensor:
         """(N,) which example each position belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.widths)).to(device)
+        owners = torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.widths))
+        return moved(owners, device)
 
     def real(self, device: torch.device) -> Tensor:
         """(N,) whether each position is no padding."""
         keys = torch.repeat_interleave(torch.tensor(self.keys), torch.tensor(self.widths))
-        return (self.places < keys).to(device)
+        return moved(self.places < keys, device)
+
+    def absent(self, like: Tensor) -> Tensor:
+        """(B, L) of examples of equal width: `MASKED_SCORE` at padded keys, 0 elsewhere; made once for all layers."""
+        key = (like.device, like.dtype)
+        if key not in self._made:
+            padded = torch.arange(self.widths[0]) >= torch.tensor(self.keys)[:, None]
+            self._made[key] = moved((padded * MASKED_SCORE).to(like.dtype), like.device)
+        return self._made[key]
 
     def rectangle(self, packed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed (N, d) → (B, longest, d), and a mask (B, longest) of the positions, None where all are.
@@ -85,7 +100,12 @@ class Layout:
             return packed.view(len(self), longest, -1), None
         rectangle = pad_sequence(list(packed.split(self.widths)), batch_first=True)
         held = torch.arange(longest) < torch.tensor(self.widths)[:, None]
-        return rectangle, held.to(packed.device)
+        return rectangle, moved(held, packed.device)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; a GPU copies it without the host waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def half_on_cpu(tensor: Tensor) -> bool:
@@ -139,8 +159,7 @@ def _padded_attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor |
     """
     count, width, inner = len(layout), layout.widths[0], qkv.shape[1] // 3
     q, k, v = qkv.view(count, width, 3, heads, inner // heads).permute(2, 0, 3, 1, 4)
-    absent = torch.arange(width) >= torch.tensor(layout.keys)[:, None]
-    feature = (absent * (MASKED_SCORE / scale)).to(qkv)[:, None, :, None].expand(-1, heads, -1, 1)
+    feature = (layout.absent(qkv) / scale)[:, None, :, None].expand(-1, heads, -1, 1)
     nothing = qkv.new_zeros(()).expand(count, heads, width, ALIGNMENT - 1)
     q = torch.cat([q, qkv.new_ones(()).expand(count, heads, width, 1), nothing], dim=-1)
     k = torch.cat([k, feature, nothing], dim=-1)

@@ -100,10 +100,15 @@ def encode_prompted(backbone: Backbone, prompts: Tensor, rows: Rows) -> tuple[Te
         own = rows.task[rows.layout.examples(rows.task.device)]
         inserted = rows.vectors.to(embeddings.dtype)[own, (-1 - rows.input_ids).clamp_min(0)]
         embeddings = torch.where(rows.input_ids[:, None] < 0, inserted, embeddings)
+    layout = rows.layout.behind(prompts.shape[1])
+    if rows.layout.equal:
+        # The sum over a task's examples is taken in the precision of the prompts, not in that of the states.
+        own_prompts = prompts[rows.task].to(embeddings.dtype)  # (B, P, d)
+        packed = torch.cat([own_prompts, embeddings.view(len(rows), -1, embeddings.shape[1])], dim=1).flatten(0, 1)
+        return backbone.encode(packed, layout), layout
     each = prompts.to(embeddings.dtype).unbind()
     texts = embeddings.split(rows.layout.widths)
     parts = [part for owner, text in zip(rows.owners, texts, strict=True) for part in (each[owner], text)]
-    layout = rows.layout.behind(prompts.shape[1])
     return backbone.encode(torch.cat(parts), layout), layout
 
 

@@ -8,6 +8,8 @@ mT5 (gated or not, tied or not).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,9 +39,11 @@ class T5Forward:
     Attributes:
         checkpointing: keep only each block's input for the backward, and compute the rest again: less memory, a third
             more work.
+        compiled: have torch compile the norms, which are the longest chains of small operations, into one kernel each.
     """
 
     checkpointing = False
+    compiled = False
 
     def __init__(self, model: Any) -> None:
         self._encoder = model.encoder
@@ -101,7 +105,7 @@ class T5Forward:
             # The library takes the variance in float32 even here, and numbers recorded with it hold that rounding.
             return norm(x)
         # Products read what comes out, in the precision of the weights.
-        return _RootMeanSquare.apply(x, norm.weight, self._eps)
+        return _RootMeanSquare.apply(x, norm.weight, self._eps, self.compiled)
 
     def _feed_forward(self, x: Tensor, layer: Any) -> Tensor:
         dense = layer.DenseReluDense
@@ -139,19 +143,34 @@ class _RootMeanSquare(torch.autograd.Function):
     """x / rms(x) · weight, for a frozen weight, in as few passes over x as may be; twice differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compiled: bool = False) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return (x * _inverse_rms(x, eps)).to(weight.dtype).mul_(weight)
+        ctx.eps, ctx.compiled = eps, compiled
+        return (_compiled(_normed) if compiled else _normed)(x, weight, eps)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        inverse = _inverse_rms(x, ctx.eps)
-        weighted = (gradient * weight).to(x.dtype)
-        # d/dx: (w·g − x · (x · (w·g)) / (d · rms²)) / rms
-        along = torch.linalg.vecdot(weighted, x).unsqueeze(-1) * inverse.square() / x.shape[-1]
-        return (weighted - x * along) * inverse, None, None
+        back = _compiled(_normed_backward) if ctx.compiled else _normed_backward
+        return back(gradient, x, weight, ctx.eps), None, None, None
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled on its first call, for any number of positions."""
+    return torch.compile(function, dynamic=True)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (x * _inverse_rms(x, eps)).to(weight.dtype).mul_(weight)
+
+
+def _normed_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """d/dx: (w·g − x · (x · (w·g)) / (d · rms²)) / rms."""
+    inverse = _inverse_rms(x, eps)
+    weighted = (gradient * weight).to(x.dtype)
+    along = torch.linalg.vecdot(weighted, x).unsqueeze(-1) * inverse.square() / x.shape[-1]
+    return (weighted - x * along) * inverse
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from supmer_ray.model.packed import ALIGNMENT, Layout
+from supmer_ray.model.packed import ALIGNMENT, Layout, moved
 from supmer_ray.model.prompted import IGNORED, Rows
 
 
@@ -191,5 +191,4 @@ def collate(
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array as a tensor on `device`; a GPU copies it without the host waiting."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return moved(torch.from_numpy(array), device)

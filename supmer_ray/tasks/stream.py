@@ -8,11 +8,13 @@ would have to skip.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray.data
@@ -31,6 +33,8 @@ STEPS_A_TASK = 4
 
 MOST_TASKS = 2000
 """Long runs are cut into no more than about this many Ray tasks, unless one would build over 64 steps."""
+
+Item = TypeVar("Item")
 
 _open_store = lru_cache(maxsize=1)(Store.open)
 """A Ray worker process builds task after task from the same memory-mapped store."""
@@ -102,3 +106,26 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefe
     )
     for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
         yield TaskBatch.from_arrow(row.combine_chunks())
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the first of which is asked for at once, beside what the caller does until it needs it.
+
+    What makes the items is lazy: builders would start only when the training loop stands still for them.
+    """
+    first: Future[list[Item]] = Future()
+
+    def fetch() -> None:
+        try:
+            first.set_result([item for item in (next(items, None),) if item is not None])
+        except BaseException as error:
+            first.set_exception(error)
+
+    # A daemon: a run that is refused meanwhile does not wait for its builders.
+    threading.Thread(target=fetch, daemon=True, name="first-meta-task").start()
+
+    def rest() -> Iterator[Item]:
+        yield from first.result()
+        yield from items
+
+    return rest()

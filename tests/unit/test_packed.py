@@ -115,6 +115,17 @@ def test_one_padded_group_is_every_example_alone():
         assert_close(together[16 * number : 16 * (number + 1)], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_norm_is_the_same_norm():
+    x, weight = torch.randn(37, D), torch.rand(D)
+    found = []
+    for compiled in (False, True):
+        at = x.clone().requires_grad_()
+        out = _RootMeanSquare.apply(at, weight, 1e-6, compiled)
+        found.append((out.detach(), torch.autograd.grad(out.square().sum(), at)[0]))
+    for own, wanted in zip(*found, strict=True):
+        assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_norm_has_a_second_derivative():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
