@@ -1,4 +1,4 @@
-"""Train the decoder of the embedded backbone anew and write it with its card.
+"""Train the embedded backbone anew and write it with its card.
 
     RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . \\
         --runtime-env jobs/runtime-env.yaml -- \\
@@ -6,7 +6,7 @@
 
 Submit it from the project's folder. The token is in `~/.ray/auth_token` of the head; from another machine, put
 it there or into `RAY_AUTH_TOKEN`. It is one process that needs no Ray of its own, on the head; run it again with the
-same settings to go on from the last checkpoint. The package ships the `decoder.safetensors` and the `CARD.md` that it
+same settings to go on from the last checkpoint. The package ships the `weights.safetensors` and the `CARD.md` that it
 writes.
 """
 
@@ -25,15 +25,14 @@ from supmer_ray.errors import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoint, weights and card")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the encoder and of the training, each")
     for field in fields(PretrainConfig):
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     options = vars(parser.parse_args())
-    output, threads = options.pop("output"), options.pop("threads")
+    output = options.pop("output")
     command = shlex.join(["python", "jobs/pretrain_backbone.py", *sys.argv[1:]])
     try:
-        pretrain(output, PretrainConfig(**options), threads, command)
+        pretrain(output, PretrainConfig(**options), command)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

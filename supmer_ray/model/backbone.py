@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
@@ -129,6 +130,22 @@ class Backbone:
         if not texts:
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def word_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens begin a word of three letters or more, and which go on with the word before: (vocabulary,) bool.
+
+        WordPiece marks the one that goes on (##), SentencePiece and byte-level BPE the one that begins (▁, Ġ).
+        """
+        pieces = self.tokenizer.get_vocab()
+        size = max(self.embedding.num_embeddings, 1 + max(pieces.values()))
+        begins, continues = np.zeros(size, bool), np.zeros(size, bool)
+        mark = next((mark for mark in "▁Ġ" if any(piece.startswith(mark) for piece in pieces)), None)
+        for piece, number in pieces.items():
+            letters = piece.removeprefix(mark) if mark else piece.removeprefix("##")
+            opens = piece.startswith(mark) if mark else not piece.startswith("##")
+            begins[number] = opens and len(letters) >= 3 and letters.isalpha()
+            continues[number] = not opens and letters[:1].isalnum()
+        return begins, continues
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Ids (N,) → (N, d) input embeddings, as the encoder itself would look them up.

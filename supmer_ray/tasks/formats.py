@@ -1,4 +1,4 @@
-"""The three formats that turn sentences into encoder inputs (paper, section 3.1 and appendix A).
+"""The formats that turn sentences into encoder inputs: the paper's three (section 3.1, appendix A) and one with a tail.
 
 Token ids of sentences go in, one encoder input with a sentinel where the answer belongs comes out. An
 input that would be too long has its sentences shortened, never its frame.
@@ -16,6 +16,15 @@ from supmer_ray.model.backbone import Backbone
 
 PAIR_ANSWERS = ("yes", "no", "maybe")
 LETTERS = ("A", "B", "C", "D")
+TAILS = (
+    "{text} topic : {mask} .",
+    "{text} It is about {mask} .",
+    "{text} This is {mask} .",
+    "{text} It was {mask} .",
+    "{text} In a word , {mask} .",
+    "{mask} : {text}",
+)
+"""Ways to ask for a word that fits a sentence, as few-shot patterns do."""
 
 Ids = Sequence[int] | np.ndarray
 
@@ -55,6 +64,7 @@ class Formats:
         words: id of each answer word.
         option_marks: ids of "? A.", ". B.", ". C.", ". D.".
         question: ids of ". ? The correct one is".
+        tails: ids before and after the sentence in each of `TAILS`.
         max_length: longest encoder input.
         anchor_length, candidate_length: longest anchor and candidate of a multiple choice.
     """
@@ -66,6 +76,7 @@ class Formats:
     words: dict[str, int]
     option_marks: tuple[tuple[int, ...], ...]
     question: tuple[int, ...]
+    tails: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     max_length: int
     anchor_length: int
     candidate_length: int
@@ -86,6 +97,13 @@ class Formats:
                     "token; choose a backbone whose vocabulary holds them."
                 )
         marks = backbone.tokenize([("? A." if letter == "A" else f". {letter}.") for letter in LETTERS])
+
+        def ids(text: str) -> tuple[int, ...]:
+            before, mask, after = text.partition("{mask}")
+            pieces = [tuple(backbone.tokenize([part.strip()])[0]) if part.strip() else () for part in (before, after)]
+            return (*pieces[0], backbone.sentinel, *pieces[1]) if mask else pieces[0]
+
+        tails = [tail.split("{text}") for tail in TAILS]
         return Formats(
             prefix=tuple(backbone.prefix),
             suffix=tuple(backbone.suffix),
@@ -94,14 +112,15 @@ class Formats:
             words=words,
             option_marks=tuple(tuple(mark) for mark in marks),
             question=tuple(backbone.tokenize([". ? The correct one is"])[0]),
+            tails=tuple((ids(before), ids(after)) for before, after in tails),
             max_length=max_length,
             anchor_length=anchor_length,
             candidate_length=candidate_length,
         )
 
-    def target(self, answer: str) -> list[int]:
-        """The decoder's target: (sentinel, answer, closing)."""
-        return [self.sentinel, self.words[answer], self.closing]
+    def target(self, word: int) -> list[int]:
+        """The decoder's target for the id of an answer word: (sentinel, answer, closing)."""
+        return [self.sentinel, word, self.closing]
 
     def sentence_pair(self, first: Ids, second: Ids) -> list[int]:
         """`S1 ⟨sentinel⟩ S2`; too long: both sides shortened in proportion."""
@@ -127,6 +146,13 @@ class Formats:
         frame = sum(map(len, self.option_marks)) + len(options) + len(self.question) + 1
         (cut,) = shorten([sentence], self.max_length - frame - len(self.prefix) - len(self.suffix))
         return self._choice(cut, options)
+
+    def sentence_tail(self, sentence: Ids, tail: int) -> list[int]:
+        """One of `TAILS` around the sentence, which is shortened where it is too long."""
+        before, after = self.tails[tail]
+        room = self.max_length - len(before) - len(after) - len(self.prefix) - len(self.suffix)
+        (cut,) = shorten([sentence], room)
+        return [*self.prefix, *before, *cut, *after, *self.suffix]
 
     def _choice(self, anchor: list[int], options: list[list[int]]) -> list[int]:
         listed = [token for mark, option in zip(self.option_marks, options, strict=False) for token in (*mark, *option)]

@@ -1,4 +1,4 @@
-"""The five self-supervised task types (paper, section 3.1): which sentences, and which answer.
+"""The self-supervised task types, five of the paper's (section 3.1) and one more: which sentences, which answer.
 
 A type draws a meta-task's domains from its family of the store and makes labelled examples of them.
 Everything random comes from the generator that is passed in.
@@ -10,12 +10,17 @@ Everything random comes from the generator that is passed in.
 | scsp | do these two sentences share a domain? | yes, no |
 | scss | which candidate shares the anchor's domain? | A B C D |
 | scc | which of four centroids is this sentence's domain? | A B C D |
+| sck | which word fits this sentence, one of four domains'? | a keyword of each |
+
+sck is not the paper's. A small language model has never learned to answer "A" or "yes" about a text, and a few-shot
+task asks it for words of its own ("great", "sport"); so does sck, with a few-shot pattern and the domain's keywords.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +29,7 @@ from supmer_ray.errors import UserError
 from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.formats import LETTERS, Formats
 
-FAMILY = {"nsp": "nsp", "nss": "nss", "scsp": "ss", "scss": "ss", "scc": "ss"}
+FAMILY = {"nsp": "nsp", "nss": "nss", "scsp": "ss", "scss": "ss", "scc": "ss", "sck": "ss"}
 """The data family whose clustering gives each task type its domains."""
 
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -34,8 +39,12 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "scss": LETTERS,
     "scc": LETTERS,
 }
+"""The answers of each type whose answers are always the same."""
 
-DOMAINS_PER_TASK = {"nsp": 1, "nss": 1, "scsp": 1, "scss": 1, "scc": len(LETTERS)}
+KEYWORD_CLASSES = 4
+"""Domains, and so answers, of an sck task."""
+
+DOMAINS_PER_TASK = {"nsp": 1, "nss": 1, "scsp": 1, "scss": 1, "scc": len(LETTERS), "sck": KEYWORD_CLASSES}
 
 MINIMUM_ITEMS = 2
 """Items that a domain needs in a split to be drawn: an anchor and another of its kind."""
@@ -62,13 +71,25 @@ def require_domains(store: Store, names: Iterable[str]) -> None:
     for name in names:
         need = 2 * DOMAINS_PER_TASK[name]
         for split in ("train", "validation"):
-            usable = len(store.family(FAMILY[name]).usable(split, MINIMUM_ITEMS))
+            usable = len(_usable(store, name, split))
             if usable < need:
+                words = f" and {KEYWORD_CLASSES} or more keywords" if name == "sck" else ""
                 raise UserError(
-                    f"Task type '{name}' needs {need} domains with {MINIMUM_ITEMS} or more {split} items, and the "
-                    f"store {store.path} has {usable}; prepare it from more text or with fewer domains, or take "
+                    f"Task type '{name}' needs {need} domains with {MINIMUM_ITEMS} or more {split} items{words}, and "
+                    f"the store {store.path} has {usable}; prepare it from more text or with fewer domains, or take "
                     f"'{name}' out of tasks.mixture."
                 )
+
+
+def _usable(store: Store, name: str, split: str) -> np.ndarray:
+    """The domains that a task of a type can be drawn from."""
+    family = store.family(FAMILY[name])
+    usable = family.usable(split, MINIMUM_ITEMS)
+    if name == "sck":
+        # With as many words each as a task has classes, every class finds one that no other has taken.
+        named = (family.keywords >= 0).sum(axis=1) >= KEYWORD_CLASSES
+        usable = usable[named[usable]]
+    return usable
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,7 @@ class TaskDraw:
     def domains(self) -> tuple[np.ndarray, np.ndarray]:
         """The task's domains and its partner's, all different, uniformly from the usable ones."""
         need = DOMAINS_PER_TASK[self.name]
-        usable = self.family.usable(self.split, MINIMUM_ITEMS)
+        usable = _usable(self.store, self.name, self.split)
         drawn = self.generator.choice(usable, size=2 * need, replace=False)
         return drawn[:need], drawn[need:]
 
@@ -108,13 +129,25 @@ class TaskDraw:
         items = [self._items(domain) for domain in domains]
         vectors = self.family.centroids[domains] if self.name == "scc" else None
         make = getattr(self, f"_{self.name}")
+        if self.name == "sck":
+            words, tail = self._keywords(domains), int(self.generator.integers(len(self.formats.tails)))
+            make = partial(make, tail=tail)
+        else:
+            words = [self.formats.words[answer] for answer in ANSWERS[self.name]]
         sets = []
         for size in sizes:
-            answers = balanced(self.generator, len(ANSWERS[self.name]), size)
+            answers = balanced(self.generator, len(words), size)
             inputs = [make(items, int(answer), domains) for answer in answers]
-            targets = [self.formats.target(ANSWERS[self.name][answer]) for answer in answers]
-            sets.append(Examples.of(inputs, targets, vectors))
+            sets.append(Examples.of(inputs, [self.formats.target(words[answer]) for answer in answers], vectors))
         return sets
+
+    def _keywords(self, domains: np.ndarray) -> list[int]:
+        """A keyword of each domain, all different."""
+        words: list[int] = []
+        for domain in domains:
+            own = self.family.keywords[domain]
+            words.append(int(self.generator.choice(own[(own >= 0) & ~np.isin(own, words)])))
+        return words
 
     def _items(self, domain: int) -> Iterator[int]:
         """The domain's items in random order, again and again."""
@@ -176,6 +209,9 @@ class TaskDraw:
 
     def _scc(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
         return self.formats.single_sentence(self.store.tokens(next(items[answer])))
+
+    def _sck(self, items: list[Iterator[int]], answer: int, domains: np.ndarray, tail: int) -> list[int]:
+        return self.formats.sentence_tail(self.store.tokens(next(items[answer])), tail)
 
 
 def _ends(rows: range) -> tuple[int, int]:

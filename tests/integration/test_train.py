@@ -7,7 +7,7 @@ import pytest
 from faults import SETTINGS, assert_same_weights, kill_workers, rows_of
 from safetensors.torch import load_file
 
-from supmer_ray.config import TASK_TYPES, PrepareConfig, load_run_config
+from supmer_ray.config import PAPER_TASK_TYPES, PrepareConfig, load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import UserError
 from supmer_ray.train import train
@@ -15,8 +15,8 @@ from supmer_ray.train import train
 
 def test_the_meta_loss_falls_on_validation_tasks_of_every_type(undisturbed):
     before, after = (row["validation"] for row in rows_of(undisturbed.metrics, "validation"))
-    assert before.keys() == set(TASK_TYPES)
-    for name in TASK_TYPES:
+    assert before.keys() == set(PAPER_TASK_TYPES)
+    for name in PAPER_TASK_TYPES:
         assert after[name]["loss"] < before[name]["loss"], name
 
 

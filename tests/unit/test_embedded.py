@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from supmer_ray.embedded import WEIGHTS, corpus, resolve
-from supmer_ray.embedded.assemble import load_encoder
+from supmer_ray.embedded.assemble import load_encoder, tuned_layers
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import load_backbone
@@ -17,7 +17,7 @@ from supmer_ray.model.prompted import answer_logits, encode_prompted
 from supmer_ray.tasks.batch import Examples, collate
 from supmer_ray.tasks.types import ANSWERS
 
-TINY = PretrainConfig(blocks=2, batches=2, passes=1, batch=2, prompt=3, limit=40)
+TINY = PretrainConfig(blocks=2, batches=2, batch=2, prompt=3, limit=40)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,13 @@ def test_folder_loads_with_the_auto_classes(folder):
     words = encoder.embeddings.word_embeddings.weight
     assert weights["decoder.bert.embeddings.word_embeddings.weight"].equal(words)
     assert weights["decoder.cls.predictions.decoder.weight"].equal(words)
+    own = load_file(WEIGHTS)
+    tuned = {f"encoder.layer.{number}" for number in tuned_layers(model)}
     for name, value in encoder.state_dict().items():
-        assert weights[f"encoder.{name}"].equal(value)
-    for name, value in load_file(WEIGHTS).items():
-        assert weights[f"decoder.{name}"].equal(value.float())
+        fetched = ".".join(name.split(".")[:3]) not in tuned
+        assert fetched == (f"encoder.{name}" not in own) == weights[f"encoder.{name}"].equal(value), name
+    for name, value in own.items():
+        assert weights[name].equal(value.float())
     assert model.config.decoder_start_token_id == tokenizer.cls_token_id
     assert len(tokenizer("word " * 300)["input_ids"]) == 302
     assert len(tokenizer("word")["input_ids"]) == 3
@@ -85,11 +88,23 @@ def test_examples_ask_for_whole_words_of_the_text(pretraining):
     vocabulary = pretraining.backbone.tokenizer.convert_ids_to_tokens(range(30522))
     for kind in corpus.WORD_SHARE:
         for _ in range(20):
-            ids, words, shares = pretraining.words["train"].draw(kind, generator)
-            assert ids.count(pretraining.backbone.sentinel) == 1
-            assert shares.sum() == pytest.approx(1)
-            assert 1 <= len(words) <= corpus.ANSWERS
-            assert all(vocabulary[word].isalpha() for word in words)
+            example = pretraining.words["train"].draw(kind, generator)
+            assert example.body.count(pretraining.backbone.sentinel) == 1
+            assert example.shares.sum() == pytest.approx(1)
+            assert 1 <= len(example.words) <= corpus.ANSWERS
+            assert all(vocabulary[word].isalpha() for word in example.words)
+
+
+def test_a_prompt_tells_of_the_classes_that_are_asked_for(pretraining):
+    generator = np.random.default_rng(1)
+    shown = 0
+    for _ in range(40):
+        example = pretraining.words["train"].draw("class", generator)
+        assert example.prompt.count(int(example.words[0])) >= 1
+        vectors = [-1 - token for token in example.prompt if token < 0]
+        assert sorted(vectors) == list(range(len(example.vectors)))
+        shown += bool(vectors)
+    assert 10 < shown < 40
 
 
 def test_held_out_documents_are_apart(pretraining):
@@ -113,11 +128,11 @@ def test_training_resumes_exactly(pretraining, tmp_path):
     for block in range(2):
         if block == 1:
             whole.save(tmp_path / "checkpoint.safetensors")
-        whole.train_block(whole.encoded_block(block))
+        whole.train_block(whole.block(block))
     resumed = Pretraining(TINY)
     resumed.resume(tmp_path / "checkpoint.safetensors")
     resumed.words, resumed.stores = whole.words, whole.stores
-    resumed.train_block(resumed.encoded_block(1))
+    resumed.train_block(resumed.block(1))
     for name, value in whole.parameters.items():
         assert value.equal(resumed.parameters[name]), name
     with pytest.raises(UserError, match="other settings"):

@@ -45,6 +45,7 @@ FAMILY = Family(
     items=np.array([4, 0, 2, 1, 3], np.int64),
     starts=np.array([0, 3, 5], np.int64),
     train_ends=np.array([2, 4], np.int64),
+    keywords=np.array([[7, 5], [9, -1]], np.int32),
 )
 
 
@@ -92,6 +93,7 @@ def test_family_comes_back_by_domain_and_split(folder):
     assert family.rows(0, "validation").tolist() == [2]
     assert family.rows(1, "train").tolist() == [1]
     assert family.usable("train", 2).tolist() == [0]
+    assert family.keywords.tolist() == [[7, 5], [9, -1]]
     assert family.usable("validation", 1).tolist() == [0, 1]
     assert store.manifest.families["ss"].train == 3
     assert store.family("nsp").usable("train", 1).tolist() == []
@@ -153,7 +155,7 @@ def test_another_version_is_refused(folder):
         Store.open(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}'])
 def test_a_damaged_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="is damaged"):

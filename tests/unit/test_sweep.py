@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from supmer_ray.cluster import Resources
-from supmer_ray.config import TASK_TYPES, SweepConfig, build, load_sweep_config
+from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, build, load_sweep_config
 from supmer_ray.errors import UserError
 from supmer_ray.sweep_picture import draw_sweep, importance, places
 from supmer_ray.tune import Objective, concurrency, run_config, settings_of, space
@@ -79,7 +79,7 @@ def test_mixtures_are_uniform_on_the_simplex():
         settings_of(config, {key: domain.sample(random_state=generator) for key, domain in domains.items()})
         for _ in range(4000)
     ]
-    weights = np.array([[entry["tasks.mixture"][name] for name in TASK_TYPES] for entry in drawn])
+    weights = np.array([[entry["tasks.mixture"][name] for name in PAPER_TASK_TYPES] for entry in drawn])
     np.testing.assert_allclose(weights.sum(axis=1), 1)
     # One weight of a uniform draw from the 5-simplex is Beta(1, 4): P(w < t) = 1 - (1 - t)^4.
     for column in weights.T:

@@ -1,12 +1,14 @@
 """The five task types and three formats: what an example holds, and that a task depends on its index alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supmer_ray.config import TASK_TYPES, PrepareConfig, TasksConfig
+from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, PrepareConfig, TasksConfig
 from supmer_ray.data.store import (
     FAMILIES,
     BackboneRecord,
@@ -31,6 +33,9 @@ PREFIX, SUFFIX, SENTINEL, CLOSING = 1, 2, 3, 4
 WORDS = {word: 10 + number for number, word in enumerate((*PAIR_ANSWERS, *LETTERS))}
 MARKS = ((30, 31), (32, 33), (32, 34), (32, 35))
 QUESTION = (32, 30, 40, 41)
+TAILS = (((), (50, SENTINEL, 51)), ((SENTINEL, 52), ()))
+KEYWORDS = [[300 + 10 * domain + number for number in range(4)] for domain in range(9)]
+"""Of each domain, four words of its own."""
 FIRST_ROW = 1000
 """Sentence row r consists of the id FIRST_ROW + r, so that an example tells which rows it was made of."""
 DOMAINS = 9
@@ -38,8 +43,9 @@ DOMAINS = 9
 
 def make_formats(max_length=80, anchor_length=40, candidate_length=12):
     return Formats(
-        (PREFIX,), (SUFFIX,), SENTINEL, CLOSING, WORDS, MARKS, QUESTION, max_length, anchor_length, candidate_length
-    )
+        (PREFIX,), (SUFFIX,), SENTINEL, CLOSING, WORDS, MARKS, QUESTION, TAILS,
+        max_length, anchor_length, candidate_length,
+    )  # fmt: skip
 
 
 def family_of(rows, centroids):
@@ -47,7 +53,7 @@ def family_of(rows, centroids):
     order = np.argsort(rows % DOMAINS, kind="stable")
     starts = np.searchsorted((rows % DOMAINS)[order], np.arange(DOMAINS + 1))
     ends = starts[1:] - np.maximum(1, np.diff(starts) // 10)
-    return Family(centroids, rows[order], starts.astype(np.int64), ends.astype(np.int64))
+    return Family(centroids, rows[order], starts.astype(np.int64), ends.astype(np.int64), np.array(KEYWORDS, np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +163,21 @@ def test_sentence_cluster_classification_inserts_centroids(store, index):
     assert not np.array_equal(task.support.vectors, task.partner.vectors)
 
 
-@pytest.mark.parametrize("name", TASK_TYPES)
+@pytest.mark.parametrize("index", range(6))
+def test_sentence_cluster_keyword_asks_for_a_word_of_the_domain(store, index):
+    task = make_builder(store).validation_task("sck", index)
+    seen = {}
+    for examples in (task.support, task.query):
+        for ids, word in zip(inputs_of(examples), examples.labels[:, 1].tolist(), strict=True):
+            (row,) = rows_in(ids)
+            assert word in KEYWORDS[domain_of(row)]
+            assert seen.setdefault(domain_of(row), word) == word, "a domain keeps its word within a task"
+            assert list(ids).count(SENTINEL) == 1 and (50 in ids or 52 in ids)
+    assert len(seen) == 4
+    assert {bool(50 in ids) for ids in inputs_of(task.support)} != {True, False}, "one pattern a task"
+
+
+@pytest.mark.parametrize("name", PAPER_TASK_TYPES)
 def test_sets_are_balanced_and_of_the_asked_size(store, name):
     task = make_builder(store, support=10, query=14).validation_task(name, 0)
     for examples, size in ((task.support, 10), (task.query, 14), (task.partner, 14)):
@@ -191,11 +211,14 @@ def test_the_mixture_decides_how_often_a_type_comes():
 def test_too_few_domains_are_refused(store):
     require_domains(store, TASK_TYPES)
     family = store.family("ss")
-    few = Family(family.centroids[:3], family.items, family.starts[:4], family.train_ends[:3])
+    few = Family(family.centroids[:3], family.items, family.starts[:4], family.train_ends[:3], family.keywords[:3])
     saved, store._families["ss"] = store._families["ss"], few
     try:
         require_domains(store, ["nsp", "nss", "scsp", "scss"])
         with pytest.raises(UserError, match=r"'scc' needs 8 domains .* train items, and the store .* has 3"):
+            require_domains(store, TASK_TYPES)
+        store._families["ss"] = replace(family, keywords=np.full((DOMAINS, 4), -1, np.int32))
+        with pytest.raises(UserError, match=r"'sck' needs 8 domains .* and 4 or more keywords"):
             require_domains(store, TASK_TYPES)
     finally:
         store._families["ss"] = saved
@@ -219,9 +242,10 @@ def test_no_format_exceeds_its_length_or_loses_its_frame(parts, max_length):
     pair = formats.sentence_pair(parts[0], parts[1])
     choice = formats.multiple_choice(parts[0], parts[1:])
     single = formats.single_sentence(parts[0])
-    for ids in (pair, choice, single):
+    tails = [formats.sentence_tail(parts[0], tail) for tail in range(len(TAILS))]
+    for ids in (pair, choice, single, *tails):
         assert len(ids) <= max_length
-        assert ids[0] == PREFIX and ids[-1] == SUFFIX and ids.count(SENTINEL) == 1
+        assert ids[0] == PREFIX and ids[-1] == SUFFIX and list(ids).count(SENTINEL) == 1
     for ids in (choice, single):
         assert ids[-2 - len(QUESTION) : -2] == list(QUESTION)
         assert [t for t in ids if t in (31, 33, 34, 35)] == [31, 33, 34, 35]
