@@ -40,12 +40,20 @@ PREPARE = {"sources": SOURCES, "domains": 24, "max_documents": 160, "sentence_le
 
 RUN = {
     "prompt": {"length": 10},
-    "tasks": {"tasks_per_step": 2, "support": 8, "query": 8, "max_length": 160, "candidate_length": 32},
-    "meta": {"steps": 50, "inner_rate": 0.1, "prompt_rate": 0.02, "regularizer_rate": 1e-3},
-    "schedule": {"validate_every": 50, "validation_tasks": 2, "checkpoint_every": 25},
+    # The embedded backbone is small: it learns most from sck, whose answers are words and not letters.
+    "tasks": {
+        "mixture": {"nsp": 1, "nss": 1, "scsp": 1, "scss": 1, "scc": 1, "sck": 5},
+        "tasks_per_step": 2,
+        "support": 12,
+        "query": 12,
+        "max_length": 160,
+        "candidate_length": 32,
+    },
+    "meta": {"steps": 60, "inner_rate": 0.1, "prompt_rate": 0.01, "regularizer_rate": 1e-3},
+    "schedule": {"validate_every": 60, "validation_tasks": 2, "checkpoint_every": 20},
 }
 
-ADAPT = AdaptConfig(steps=50, max_length=96, max_test=200)
+ADAPT = AdaptConfig(steps=50, rate=0.02, max_length=96, max_test=200)
 
 
 def quickstart(out: Path, *, overwrite: bool = False) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""The five task types and three formats: what an example holds, and that a task depends on its index alone."""
+"""The task types and their formats: what an example holds, and that a task depends on its index alone."""
 
 from dataclasses import replace
 
