@@ -101,7 +101,7 @@ def quickstart(out: Path, *, overwrite: bool = False) -> list[Outcome]:
     supmer = "supmer" if shutil.which("supmer") else os.path.relpath(sys.argv[0])
     print(f"\nResults: {out / 'results.json'}    Checkpoint: {checkpoint_folder}\n\nNext:")
     for command in (
-        f"adapt --task bbc-topic --checkpoint {checkpoint_folder} --out {out / 'adapted'}",
+        f"adapt --task bbc-topic --checkpoint {checkpoint_folder} --set rate={ADAPT.rate} --out {out / 'adapted'}",
         f"predict --adapted {out / 'adapted'} --input YOUR_HEADLINES.csv --output labelled.csv   # a 'headline' column",
         f"prepare --source YOUR_TEXT --domains 50 --out {out.parent / 'my-store'}",
     ):
