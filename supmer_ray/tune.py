@@ -465,7 +465,10 @@ def _searcher(config: SweepConfig, at_a_time: int) -> Any:
         return OptunaSearch(seed=config.seed)
     from ray.tune.search import BasicVariantGenerator
 
-    return BasicVariantGenerator(random_state=config.seed, max_concurrent=at_a_time)
+    # A population has to be there as a whole, or there is nobody to exchange with: where fewer fit the cluster, its
+    # trials take turns, and what a trial of one worker reserves bounds how many run.
+    whole = config.search == "pbt" and config.base.workers.count == 1 and config.concurrency is None
+    return BasicVariantGenerator(random_state=config.seed, max_concurrent=0 if whole else at_a_time)
 
 
 def _scheduler(config: SweepConfig) -> Any:
