@@ -107,7 +107,7 @@ def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command:
         minutes=done.seconds / 60,
         command=command,
         changes="".join(
-            f"\nUp to block {block} the run was planned for {blocks} blocks, so its rate fell more slowly there.\n"
+            f"\nUp to block {block} the run was planned for {blocks} blocks, which set how fast its rate fell there.\n"
             for block, blocks in done.changes
         ),
         held_out=HELD_OUT,

@@ -79,7 +79,7 @@ class PretrainConfig:
         limit: documents read from each source; None: all.
     """
 
-    blocks: int = 100
+    blocks: int = 72
     batches: int = 64
     batch: int = 64
     rate: float = 5e-4
