@@ -40,7 +40,7 @@ PREPARE = {"sources": SOURCES, "domains": 24, "max_documents": 160, "sentence_le
 
 RUN = {
     "prompt": {"length": 10},
-    # The embedded backbone is small: it learns most from sck, whose answers are words and not letters.
+    # Half of the steps ask for words, as the few-shot tasks will: a small backbone never learned to answer by letters.
     "tasks": {
         "mixture": {"nsp": 1, "nss": 1, "scsp": 1, "scss": 1, "scc": 1, "sck": 5},
         "tasks_per_step": 2,
