@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from supmer_ray import embedded
 from supmer_ray.config import (
     AdaptConfig,
     EvaluateConfig,
@@ -121,27 +122,38 @@ def adapt(
     task: Annotated[str, typer.Option(help="A task's YAML file, or the name of a built-in task.")],
     out: Out,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="RUN/checkpoint; unset: plain prompt tuning from vocabulary rows.")
+        Path | None, typer.Option(help="RUN/checkpoint; unset: with the embedded backbone the one that ships.")
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain prompt tuning instead: from vocabulary rows, raw gradients.")
+    ] = False,
     backbone: Annotated[str | None, typer.Option(help="Unset: the checkpoint's, or 'embedded'.")] = None,
     shots: Annotated[int, typer.Option(help="K, examples a class to train on, and as many for the dev split.")] = 16,
-    steps: int = 200,
+    steps: Annotated[int | None, typer.Option(help="Unset: 200; on the embedded backbone what suits it.")] = None,
     seed: Annotated[int, typer.Option(help="Data seed: which K examples, and their order.")] = 0,
-    prompt_length: Annotated[int, typer.Option(help="Rows of the prompt where there is no checkpoint.")] = 10,
+    prompt_length: Annotated[int, typer.Option(help="Rows of a prompt that starts from vocabulary rows.")] = 10,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Another setting, for example rate=0.05.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Adapt a prompt to a labelled task from K examples a class."""
-    config = build(AdaptConfig, override({"shots": shots, "steps": steps}, set_ or ()), "the command line")
     require_new_folder(out, overwrite=overwrite)
+    if plain and checkpoint:
+        raise UserError("--plain starts from vocabulary rows and --checkpoint from a learned prompt; give one of them.")
     from supmer_ray.console import stage
     from supmer_ray.fewshot.definition import load_definition
     from supmer_ray.fewshot.evaluate import adapt_task
     from supmer_ray.meta.state import backbone_name, load_checkpoint
     from supmer_ray.model.backbone import load_backbone
 
+    name = backbone or (backbone_name(checkpoint) if checkpoint else "embedded")
+    values: dict[str, Any] = {}
+    if name == "embedded":
+        values |= read_yaml(embedded.SETTINGS)["adapt"]
+        checkpoint = None if plain else checkpoint or embedded.LEARNED
+    values |= {"shots": shots} | ({"steps": steps} if steps else {})
+    config = build(AdaptConfig, override(values, set_ or ()), "the command line")
     definition = load_definition(task)
-    model = load_backbone(backbone or (backbone_name(checkpoint) if checkpoint else "embedded"))
+    model = load_backbone(name)
     learned = load_checkpoint(checkpoint, model) if checkpoint else None
     with stage(f"Adapting to {definition.name}", "steps") as line:
         result = adapt_task(
@@ -178,10 +190,14 @@ def evaluate(
     ] = None,
     store: Annotated[Path | None, typer.Option(help="What 'supmer prepare' wrote, to meta-train on.")] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(help="METHOD=RUN/checkpoint, instead of meta-training it; repeatable.")
+        list[str] | None,
+        typer.Option(help="METHOD=RUN/checkpoint, instead of meta-training it; 'supmer=embedded' ships."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the benchmarks' published files.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with adapt, run and prepare.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with adapt, run and prepare; 'embedded': what suits the embedded backbone."),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example adapt.rate=0.05.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
     overwrite: Overwrite = False,
@@ -189,6 +205,7 @@ def evaluate(
     """Compare methods over tasks and data seeds; those that need meta-training get it first."""
     if (suite is None) == (tasks is None):
         raise UserError("Say what to compare on: either --suite NAME or --tasks a,b.")
+    config = embedded.SETTINGS if config == Path("embedded") else config
     values = override(read_yaml(config) if config else {}, set_ or ())
     if shots is not None:
         values = override(values, [f"adapt.shots={shots}"])
@@ -198,7 +215,7 @@ def evaluate(
         name, equals, folder = pair.partition("=")
         if not equals:
             raise UserError(f"--checkpoint {pair} names no method; write METHOD=FOLDER, for example supmer={pair}.")
-        given[name] = Path(folder)
+        given[name] = embedded.LEARNED if folder == "embedded" else Path(folder)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
     from supmer_ray.console import stage
     from supmer_ray.evaluate import TABLE, Plan

@@ -24,6 +24,13 @@ TASK_TYPES = (*PAPER_TASK_TYPES, "sck")
 """All task types: the paper's, and one for models that never learned to answer by a letter (tasks/types.py)."""
 
 
+Precision = Literal["float32", "bfloat16", "float64"]
+
+Loss = Literal["vocabulary", "answers"]
+"""What an answer must be told from: every word of the vocabulary, position by position of the target, as in the paper;
+or the task's own answers alone, where the word of the answer stands."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,6 +109,9 @@ class MetaConfig(_Section):
         None, description="α, or one α for each inner step; unset: θ's current outer rate, as in the reference"
     )
     learn_inner_rates: bool = Field(False, description="meta-learn one α for each inner step (Meta-SGD)")
+    loss: Loss = Field(
+        "vocabulary", description="answers: a task's answers are told from each other, not from all words"
+    )
     order: Literal["first", "second"] = Field("first", description="second: differentiate through the inner gradient")
     prompt_rate: float = Field(0.1, gt=0, description="outer Adam rate of θ")
     regularizer_rate: float = Field(1e-4, gt=0, description="outer Adam rate of φ")
@@ -133,7 +143,7 @@ class WorkersConfig(_Section):
     gpu: bool | None = Field(None, description="one GPU a worker; unset: if the cluster has them")
     builders: int = Field(1, ge=1, description="builder actors that feed each worker")
     max_failures: int = Field(3, ge=0, description="worker failures that a run survives")
-    precision: Literal["float32", "bfloat16", "float64"] | None = Field(
+    precision: Precision | None = Field(
         None, description="of the frozen weights; unset: bfloat16 on a GPU, float32 on a CPU"
     )
     tokens_per_micro_batch: int = Field(4096, ge=64, description="encoder tokens, prompt included")
@@ -372,6 +382,7 @@ class AdaptConfig(_Section):
     rate: float = Field(0.1, gt=0, description="AdamW rate of the prompt")
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
+    loss: Loss = Field("vocabulary", description="answers: the labels' words are told from each other only")
     evaluate_every: int = Field(10, ge=1)
     max_length: int = Field(412, ge=32)
     max_test: int | None = Field(
@@ -385,10 +396,10 @@ class EvaluateConfig(_Section):
     backbone: str = Field("embedded", description="'embedded', a folder, or a hub name")
     baseline: str = Field("prompt-tuning", description="the method that the others' differences are taken to")
     pattern: int = Field(0, ge=0, description="which of a task's patterns; one that has fewer uses its last")
-    tokens_per_micro_batch: int = Field(4096, ge=64, description="encoder tokens, prompt included")
-    checkpoint_activations: bool = Field(
-        False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
+    precision: Precision | None = Field(
+        None, description="of the frozen weights in adaptation; unset: bfloat16 on a GPU, float32 on a CPU"
     )
+    tokens_per_micro_batch: int = Field(4096, ge=64, description="encoder tokens, prompt included")
     adapt: AdaptConfig = AdaptConfig()
     run: RunConfig = RunConfig()
     prepare: PrepareConfig | None = Field(None, description="how to make the store where none is given")

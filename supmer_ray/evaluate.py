@@ -27,7 +27,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from supmer_ray.cluster import connect
-from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig
+from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, read_manifest
 from supmer_ray.errors import UserError, require_new_folder
@@ -355,7 +355,7 @@ def _run_cell(
 ) -> list[dict[str, Any]]:
     """The rows of one cell, computed in a Ray worker."""
     config = cell.point.config
-    backbone = _backbone(config.backbone, threads, gpu)
+    backbone = _backbone(config.backbone, config.precision, threads, gpu)
     outcomes = evaluate_method(
         backbone,
         cell.method,
@@ -372,9 +372,11 @@ def _run_cell(
 
 
 @lru_cache(maxsize=1)
-def _backbone(name: str, threads: int, gpu: bool) -> Backbone:
+def _backbone(name: str, precision: Precision | None, threads: int, gpu: bool) -> Backbone:
     """The language model, loaded once in each worker process."""
-    return load_backbone(name, device="cuda" if gpu and torch.cuda.is_available() else "cpu", threads=threads)
+    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, precision) if precision else None
+    return load_backbone(name, device=device, dtype=dtype, threads=threads)
 
 
 def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Path], out: Path) -> pd.DataFrame:

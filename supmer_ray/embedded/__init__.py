@@ -1,7 +1,8 @@
 """The embedded backbone: a small real encoder-decoder that needs no model hub.
 
 A name goes in, a folder that `AutoModelForSeq2SeqLM` loads comes out. This package ships a decoder and the upper layers
-of an encoder (`weights.safetensors`, see CARD.md); what lies below them is fetched from the package registry.
+of an encoder (`weights.safetensors`, see CARD.md), settings that suit them, and a prompt and regularizer that were
+meta-trained on them (`learned/`, see learned/CARD.md); what lies below the layers is fetched from the package registry.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from supmer_ray.registry import home
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 """What was trained, as shipped."""
+
+SETTINGS = Path(__file__).with_name("settings.yaml")
+"""An `EvaluateConfig` that suits it: how prompts are meta-trained and adapted on a model this small."""
+
+LEARNED = Path(__file__).with_name("learned")
+"""The checkpoint that ships: the meta-trained prompt and regularizer."""
 
 
 def resolve(name: str) -> str:

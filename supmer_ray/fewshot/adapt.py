@@ -25,7 +25,7 @@ from supmer_ray.model.prompted import (
     micro_batches,
     prompt_gradients,
 )
-from supmer_ray.tasks.batch import Examples, collate, to_device
+from supmer_ray.tasks.batch import Examples, collate, to_device, widened
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("adapt" or "test"), how much of it is done, and of how much."""
@@ -137,7 +137,9 @@ def adapt(
     evaluate(0)
     for step in range(1, config.steps + 1):
         drawn = [next(stream) for stream in batches]
-        gradients, embeddings, loss = run_gradients(backbone, prompts, pool, drawn, token_budget=token_budget)
+        gradients, embeddings, loss = run_gradients(
+            backbone, prompts, pool, drawn, token_budget=token_budget, answers_only=config.loss == "answers"
+        )
         losses.append(loss)
         prompts.grad = _clipped(_regularized(runs, gradients, embeddings), config.clip)
         optimizer.step()
@@ -194,7 +196,13 @@ def score(
 
 
 def run_gradients(
-    backbone: Backbone, prompts: Tensor, pool: _Pool, drawn: Sequence[np.ndarray], *, token_budget: int
+    backbone: Backbone,
+    prompts: Tensor,
+    pool: _Pool,
+    drawn: Sequence[np.ndarray],
+    *,
+    token_budget: int,
+    answers_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g (runs, P, d), h (runs, d) and the mean losses (runs,) of each run's own batch.
 
@@ -206,7 +214,7 @@ def run_gradients(
     sizes = torch.tensor([len(numbers) for numbers in drawn], device=prompts.device)
     cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget)
     batches = (pool.collate(backbone, rows[chosen], task[chosen]) for chosen in cuts)
-    return prompt_gradients(backbone, prompts, batches, sizes)
+    return prompt_gradients(backbone, prompts, batches, sizes, answers_only=answers_only)
 
 
 class _Pool:
@@ -215,7 +223,9 @@ class _Pool:
     def __init__(self, sets: Sequence[Examples]) -> None:
         distinct = list({id(part): part for part in sets}.values())
         width = max(part.labels.shape[1] for part in distinct)
-        self._examples = Examples.concat([replace(part, labels=_widened(part.labels, width)) for part in distinct])
+        self._examples = Examples.concat(
+            [replace(part, labels=widened(part.labels, width, IGNORED)) for part in distinct]
+        )
         starts = np.cumsum([0] + [len(part) for part in distinct])
         first = {id(part): start for part, start in zip(distinct, starts, strict=False)}
         self._first = [first[id(part)] for part in sets]
@@ -230,10 +240,6 @@ class _Pool:
         """These rows of the pool as a padded micro-batch, each with its run's prompt."""
         batch = collate(self._examples, rows, pad=backbone.pad, start=backbone.start, device=backbone.device)
         return replace(batch, task=to_device(task.astype(np.int64), backbone.device), owners=tuple(task.tolist()))
-
-
-def _widened(labels: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(labels, ((0, 0), (0, width - labels.shape[1])), constant_values=IGNORED)
 
 
 def training_batches(run: AdaptRun, size: int) -> Iterator[np.ndarray]:

@@ -88,13 +88,14 @@ class TaskEncoder:
     def inputs(self, frame: pd.DataFrame) -> Examples:
         """The rows' encoder inputs, without targets."""
         ids = self._input_ids(frame)
-        return Examples.of(ids, [[IGNORED]] * len(ids))
+        return Examples.of(ids, [[IGNORED]] * len(ids), choices=self.verbalizer_ids)
 
     def split(self, frame: pd.DataFrame) -> Split:
         """The rows' encoder inputs with the targets of their labels."""
         numbers = {label: number for number, label in enumerate(self.definition.labels)}
         answers = frame[self.definition.label].map(numbers).to_numpy(np.int64)
-        return Split(Examples.of(self._input_ids(frame), self._targets[answers].tolist()), answers)
+        targets = self._targets[answers].tolist()
+        return Split(Examples.of(self._input_ids(frame), targets, choices=self.verbalizer_ids), answers)
 
     def _pattern_tokens(self, pattern: str) -> list[tuple[bool, list[int], str | None]]:
         """The pattern as (whether a space stands before the name, tokens of the text, name)."""

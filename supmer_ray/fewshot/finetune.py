@@ -49,7 +49,8 @@ def finetune(
         for part in micro_batches(examples.lengths[drawn], prompt.shape[1], token_budget):
             rows = collate(examples, drawn[part], pad=tuned.pad, start=tuned.start, device=tuned.device)
             states, layout = encode_prompted(tuned, prompt, rows)
-            (label_losses(tuned, states, layout, rows).sum() / len(drawn)).backward()
+            losses = label_losses(tuned, states, layout, rows, answers_only=config.loss == "answers")
+            (losses.sum() / len(drawn)).backward()
         nn.utils.clip_grad_norm_(weights, config.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -95,6 +95,7 @@ class Learner:
             self.backbone,
             self.state.regularizer,
             second_order=self.config.meta.order == "second",
+            answers_only=self.config.meta.loss == "answers",
             token_budget=self.config.workers.tokens_per_micro_batch,
         )
 

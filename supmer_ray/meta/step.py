@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.packed import Layout
-from supmer_ray.model.prompted import Rows, encode_prompted, micro_batches, prompt_gradients
+from supmer_ray.model.prompted import ANSWER, Rows, choice_log_p, encode_prompted, micro_batches, prompt_gradients
 from supmer_ray.tasks.batch import Examples, TaskBatch, collate, to_device
 
 MIXED_POSITIONS = 2
@@ -72,6 +72,7 @@ class MetaStep:
         backbone: the frozen model.
         regularizer: ψ_φ, or `IdentityRegularizer`.
         second_order: differentiate through the inner gradients too (exact MAML).
+        answers_only: losses tell a task's answers from each other and not from all words.
         token_budget: encoder tokens of a micro-batch, prompts included.
 
     Raises:
@@ -79,7 +80,13 @@ class MetaStep:
     """
 
     def __init__(
-        self, backbone: Backbone, regularizer: nn.Module, *, second_order: bool = False, token_budget: int = 4096
+        self,
+        backbone: Backbone,
+        regularizer: nn.Module,
+        *,
+        second_order: bool = False,
+        answers_only: bool = False,
+        token_budget: int = 4096,
     ) -> None:
         if second_order and backbone.dtype == torch.bfloat16:
             raise UserError(
@@ -88,6 +95,7 @@ class MetaStep:
         self.backbone = backbone
         self.regularizer = regularizer
         self.second_order = second_order
+        self.answers_only = answers_only
         self.token_budget = token_budget
 
     def __call__(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch, mixing: np.ndarray) -> MetaGradients:
@@ -180,20 +188,17 @@ class MetaStep:
                 adapted = adapted - rate * self.regularizer(gradient, embedding)[0]
         losses, right = adapted.new_zeros(len(batch)), adapted.new_zeros(len(batch))
         counts = self._counts(batch.query, len(batch))
-        answers = [
-            torch.as_tensor(np.unique(batch.support.labels[batch.support.task == t, 1]).astype(np.int64))
-            for t in range(len(batch))
-        ]
         with torch.no_grad():
             for index in self._micro_batches(batch.query, prompt.shape[0]):
                 rows = self._rows(batch.query, index)
                 states, layout = encode_prompted(self.backbone, adapted, rows)
                 logits = self._target_logits(states, layout, rows)
-                own = torch.log_softmax(logits, dim=-1).gather(2, rows.labels[:, :MIXED_POSITIONS, None])[..., 0]
+                (own,) = self._log_p(logits, rows.choices, rows.labels)
                 losses.index_add_(0, rows.task, -own.sum(dim=1).to(losses.dtype))
-                for i, task in enumerate(rows.task.tolist()):
-                    choice = answers[task].to(logits.device)
-                    right[task] += (choice[logits[i, 1, choice].argmax()] == rows.labels[i, 1]).to(right.dtype)
+                among = logits[:, ANSWER].gather(1, rows.choices.clamp_min(0))
+                best = among.masked_fill(rows.choices < 0, -torch.inf).argmax(dim=1, keepdim=True)
+                hit = rows.choices.gather(1, best)[:, 0] == rows.labels[:, ANSWER]
+                right.index_add_(0, rows.task, hit.to(right.dtype))
         return losses / counts, right / counts
 
     def _micro_batches(self, examples: Examples, prompt_length: int) -> list[np.ndarray]:
@@ -218,10 +223,19 @@ class MetaStep:
         at = adapted if second_order else adapted.detach().requires_grad_()
         batches = (self._rows(support, part) for part in index)
         sizes = self._counts(support, len(at)).to(at.dtype)
-        return prompt_gradients(self.backbone, at, batches, sizes, differentiable=second_order)
+        return prompt_gradients(
+            self.backbone, at, batches, sizes, answers_only=self.answers_only, differentiable=second_order
+        )
 
     def _target_logits(self, states: Tensor, layout: Layout, rows: Rows) -> Tensor:
         return self.backbone.logits(states, layout, rows.decoder_input_ids[:, :MIXED_POSITIONS])
+
+    def _log_p(self, logits: Tensor, choices: Tensor, *targets: Tensor) -> list[Tensor]:
+        """log p of each of `targets` (B, T) at the positions that count: (B, 2), or (B, 1) of answers alone."""
+        if self.answers_only:
+            return [choice_log_p(logits[:, ANSWER], choices, target[:, ANSWER])[:, None] for target in targets]
+        log_p = torch.log_softmax(logits, dim=-1)
+        return [log_p.gather(2, target[:, :MIXED_POSITIONS, None])[..., 0] for target in targets]
 
     def _query_gradient(self, adapted: Tensor, batch: TaskBatch, mixing: np.ndarray) -> tuple[Tensor, Tensor]:
         """∂L/∂θ' (T, P, d) and L (T,) of the mixed query loss at θ' = `adapted`."""
@@ -250,8 +264,7 @@ class MetaStep:
         if alone:
             rows = self._rows(batch.query, index)
             states, layout = encode_prompted(self.backbone, at, rows)
-            log_p = torch.log_softmax(self._target_logits(states, layout, rows), dim=-1)
-            own = log_p.gather(2, rows.labels[:, :MIXED_POSITIONS, None])[..., 0]
+            (own,) = self._log_p(self._target_logits(states, layout, rows), rows.choices, rows.labels)
             return -own.sum(dim=1), rows
         # The shorter of the two is encoded with padding, because the union of both masks reads it there.
         widths = np.maximum(batch.query.lengths[index], batch.partner.lengths[index])
@@ -261,12 +274,14 @@ class MetaStep:
         union = Layout(rows.layout.widths, rows.layout.widths).behind(at.shape[1])
         keep = to_device(mixing, states.device).to(states.dtype)[union.examples(states.device), None]
         mixed = keep * own_states + (1 - keep) * partner_states
-        log_p = torch.log_softmax(self._target_logits(mixed, union, rows), dim=-1)
-        labels, partner_labels = rows.labels[:, :MIXED_POSITIONS], partner.labels[:, :MIXED_POSITIONS]
-        own = log_p.gather(2, labels[..., None])[..., 0]
-        other = log_p.gather(2, partner_labels[..., None])[..., 0]
-        weight = to_device(mixing, log_p.device).to(log_p.dtype)[:, None]
+        # A mixed example may have the answers of both; one that they share stands there once.
+        shared = (partner.choices[:, :, None] == rows.choices[:, None, :]).any(dim=2)
+        choices = torch.cat([rows.choices, partner.choices.masked_fill(shared, -1)], dim=1)
+        own, other = self._log_p(self._target_logits(mixed, union, rows), choices, rows.labels, partner.labels)
+        counted = slice(ANSWER, MIXED_POSITIONS) if self.answers_only else slice(MIXED_POSITIONS)
+        same = (rows.labels == partner.labels)[:, counted]
+        weight = to_device(mixing, own.device).to(own.dtype)[:, None]
         # −H(target): 0 where both labels agree, for the target is then one word.
         negative_entropy = torch.xlogy(weight, weight) + torch.xlogy(1 - weight, 1 - weight)
         cross = weight * own + (1 - weight) * other
-        return (torch.where(labels == partner_labels, 0.0, negative_entropy) - cross).sum(dim=1), rows
+        return (torch.where(same, 0.0, negative_entropy) - cross).sum(dim=1), rows

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.packed import Layout
 
 IGNORED = -100
 """A label that counts for nothing."""
+
+ANSWER = 1
+"""The decoder position that names the answer, behind the sentinel."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Rows:
         layout: where each example stands among the N positions.
         decoder_input_ids: (B, T) what the decoder reads.
         labels: (B, T) what it should say, `IGNORED` where nothing is asked.
+        choices: (B, C) the answers that each example may have, −1 where it has fewer.
         task: (B,) which prompt each example belongs to.
         owners: `task`, for the host.
         vectors: (tasks, K, d) embeddings that are put straight into the sequence, or None.
@@ -39,6 +44,7 @@ class Rows:
     layout: Layout
     decoder_input_ids: Tensor
     labels: Tensor
+    choices: Tensor
     task: Tensor
     owners: tuple[int, ...]
     vectors: Tensor | None = None
@@ -53,11 +59,14 @@ class Rows:
         if first.vectors is not None and second.vectors is not None:
             second_ids = torch.where(second_ids < 0, second_ids - first.vectors.shape[1], second_ids)
             vectors = torch.cat([first.vectors, second.vectors], dim=1)
+        widest = max(first.choices.shape[1], second.choices.shape[1])
+        choices = [pad(own.choices, (0, widest - own.choices.shape[1]), value=-1) for own in (first, second)]
         return Rows(
             torch.cat([first.input_ids, second_ids]),
             Layout(first.layout.widths + second.layout.widths, first.layout.keys + second.layout.keys),
             torch.cat([first.decoder_input_ids, second.decoder_input_ids]),
             torch.cat([first.labels, second.labels]),
+            torch.cat(choices),
             torch.cat([first.task, second.task]),
             first.owners + second.owners,
             vectors,
@@ -112,8 +121,17 @@ def encode_prompted(backbone: Backbone, prompts: Tensor, rows: Rows) -> tuple[Te
     return backbone.encode(torch.cat(parts), layout), layout
 
 
-def label_losses(backbone: Backbone, states: Tensor, layout: Layout, rows: Rows) -> Tensor:
-    """Σ_t −log p(y_t | y_<t, [θ; x]) of each example, (B,), in float32 or wider."""
+def label_losses(
+    backbone: Backbone, states: Tensor, layout: Layout, rows: Rows, *, answers_only: bool = False
+) -> Tensor:
+    """Σ_t −log p(y_t | y_<t, [θ; x]) of each example, (B,), in float32 or wider.
+
+    Args:
+        answers_only: only the answer's position counts, and p there is among the example's choices alone.
+    """
+    if answers_only:
+        logits = backbone.logits(states, layout, rows.decoder_input_ids[:, : ANSWER + 1])[:, ANSWER]
+        return -choice_log_p(logits, rows.choices, rows.labels[:, ANSWER])
     logits = backbone.logits(states, layout, rows.decoder_input_ids)
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), rows.labels.flatten(), ignore_index=IGNORED, reduction="none"
@@ -121,8 +139,21 @@ def label_losses(backbone: Backbone, states: Tensor, layout: Layout, rows: Rows)
     return losses.view(rows.labels.shape).sum(dim=1)
 
 
+def choice_log_p(logits: Tensor, choices: Tensor, answers: Tensor) -> Tensor:
+    """log p of `answers` (B,) among the `choices` (B, C) that are not −1: (B, vocabulary) logits → (B,)."""
+    own = logits.gather(1, choices.clamp_min(0)).masked_fill(choices < 0, -torch.inf)
+    place = (choices == answers[:, None]).to(torch.int8).argmax(dim=1, keepdim=True)
+    return torch.log_softmax(own, dim=1).gather(1, place)[:, 0]
+
+
 def prompt_gradients(
-    backbone: Backbone, prompts: Tensor, batches: Iterable[Rows], sizes: Tensor, *, differentiable: bool = False
+    backbone: Backbone,
+    prompts: Tensor,
+    batches: Iterable[Rows],
+    sizes: Tensor,
+    *,
+    answers_only: bool = False,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The raw gradient of every task's prompt, and the task's embedding.
 
@@ -130,6 +161,7 @@ def prompt_gradients(
         prompts: (tasks, P, d), requiring a gradient.
         batches: micro-batches that together hold every task's examples once.
         sizes: (tasks,) examples of each task.
+        answers_only: of the loss, see `label_losses`.
         differentiable: keep the graph from the gradients back to `prompts` (second order).
 
     Returns:
@@ -141,7 +173,8 @@ def prompt_gradients(
     sums, positions = prompts.new_zeros(tasks, width), prompts.new_zeros(tasks)
     for rows in batches:
         states, layout = encode_prompted(backbone, prompts, rows)
-        share = label_losses(backbone, states, layout, rows).to(prompts.dtype) / sizes[rows.task]
+        each = label_losses(backbone, states, layout, rows, answers_only=answers_only)
+        share = each.to(prompts.dtype) / sizes[rows.task]
         gradients = gradients + torch.autograd.grad(share.sum(), prompts, create_graph=differentiable)[0]
         losses.index_add_(0, rows.task, share.detach())
         # h reads real positions only: padding says nothing about the task.
@@ -156,4 +189,4 @@ def prompt_gradients(
 def answer_logits(backbone: Backbone, states: Tensor, layout: Layout) -> Tensor:
     """(B, vocabulary) logits of the word that follows the sentinel, for scoring verbalizers."""
     decoder_ids = torch.tensor([[backbone.start, backbone.sentinel]], device=states.device).expand(len(layout), 2)
-    return backbone.logits(states, layout, decoder_ids)[:, 1]
+    return backbone.logits(states, layout, decoder_ids)[:, ANSWER]

@@ -27,6 +27,7 @@ class Examples:
         labels: (n, T) int32, the decoder's target.
         task: (n,) int32, which task (prompt) an example belongs to.
         vectors: (tasks, K, d) float32, embeddings to insert; K is 0 where a format has none.
+        choices: (tasks, C) int32, the words that a task may be answered with, −1 where it has fewer than others.
     """
 
     tokens: np.ndarray
@@ -34,6 +35,7 @@ class Examples:
     labels: np.ndarray
     task: np.ndarray
     vectors: np.ndarray
+    choices: np.ndarray
 
     def __len__(self) -> int:
         return len(self.task)
@@ -47,6 +49,7 @@ class Examples:
         inputs: Sequence[Sequence[int]] | Sequence[np.ndarray],
         labels: Sequence[Sequence[int]],
         vectors: np.ndarray | None = None,
+        choices: Sequence[int] | np.ndarray = (),
     ) -> Examples:
         """Examples of one task (number 0) from lists of ids."""
         lengths = [len(ids) for ids in inputs]
@@ -56,6 +59,7 @@ class Examples:
             labels=np.asarray(labels, np.int32),
             task=np.zeros(len(lengths), np.int32),
             vectors=np.zeros((1, 0, 0), np.float32) if vectors is None else vectors[None].astype(np.float32),
+            choices=np.asarray(choices, np.int32)[None],
         )
 
     @staticmethod
@@ -63,6 +67,7 @@ class Examples:
         """The parts one after the other, their tasks numbered on. All parts share T, K and d."""
         sizes = np.cumsum([0] + [part.offsets[-1] for part in parts])
         tasks = np.cumsum([0] + [len(part.vectors) for part in parts])
+        widest = max(part.choices.shape[1] for part in parts)
         return Examples(
             tokens=np.concatenate([part.tokens for part in parts]),
             offsets=np.concatenate([[0], *(part.offsets[1:] + size for part, size in zip(parts, sizes, strict=False))]),
@@ -71,6 +76,7 @@ class Examples:
                 np.int32
             ),
             vectors=np.concatenate([part.vectors for part in parts]),
+            choices=np.concatenate([widened(part.choices, widest, -1) for part in parts]),
         )
 
 
@@ -141,6 +147,11 @@ class TaskBatch:
 _ROLES = ("support", "query", "partner")
 
 
+def widened(values: np.ndarray, width: int, fill: int) -> np.ndarray:
+    """(n, k) → (n, width), filled up on the right."""
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)
+
+
 def _column(values: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))
 
@@ -175,14 +186,16 @@ def collate(
     said = np.where(labels == IGNORED, pad, labels)[:, :-1]
     decoder_ids = np.concatenate([np.full((len(rows), 1), start, np.int64), said], axis=1)
     task = examples.task[rows].astype(np.int64)
-    input_ids, decoder_input_ids, label_ids, tasks = (
-        to_device(array, device) for array in (ids, decoder_ids, labels, task)
+    choices = examples.choices[task].astype(np.int64)
+    input_ids, decoder_input_ids, label_ids, tasks, choice_ids = (
+        to_device(array, device) for array in (ids, decoder_ids, labels, task, choices)
     )
     return Rows(
         input_ids=input_ids,
         layout=Layout(tuple(widths.tolist()), tuple(lengths.tolist())),
         decoder_input_ids=decoder_input_ids,
         labels=label_ids,
+        choices=choice_ids,
         task=tasks,
         owners=tuple(task.tolist()),
         vectors=to_device(examples.vectors, device) if examples.vectors.shape[1] else None,

@@ -138,7 +138,8 @@ class TaskDraw:
         for size in sizes:
             answers = balanced(self.generator, len(words), size)
             inputs = [make(items, int(answer), domains) for answer in answers]
-            sets.append(Examples.of(inputs, [self.formats.target(words[answer]) for answer in answers], vectors))
+            targets = [self.formats.target(words[answer]) for answer in answers]
+            sets.append(Examples.of(inputs, targets, vectors, words))
         return sets
 
     def _keywords(self, domains: np.ndarray) -> list[int]:

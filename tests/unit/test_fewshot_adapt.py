@@ -94,11 +94,12 @@ def runs(backbone) -> list[AdaptRun]:
 CONFIG = AdaptConfig(shots=4, steps=6, batch=4, rate=0.1, evaluate_every=4)
 
 
-def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs):
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs, answers_only):
     prompts = torch.nn.Parameter(torch.stack([run.prompt for run in runs]))
     pool = _Pool([run.train.examples for run in runs])
     drawn = [next(training_batches(run, CONFIG.batch)) for run in runs]
-    together = run_gradients(backbone, prompts, pool, drawn, token_budget=60)
+    together = run_gradients(backbone, prompts, pool, drawn, token_budget=60, answers_only=answers_only)
     for number, (run, chosen) in enumerate(zip(runs, drawn, strict=True)):
         prompt = run.prompt[None].clone().requires_grad_()
         # One example at a time, no padding: the plainest way to say it.
@@ -108,7 +109,13 @@ def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs):
             kept = one.labels[0] != -100
             one = replace(one, decoder_input_ids=one.decoder_input_ids[:, kept], labels=one.labels[:, kept])
             encoded, layout = encode_prompted(backbone, prompt, one)
-            losses.append(label_losses(backbone, encoded, layout, one)[0])
+            if answers_only:
+                # Behind the sentinel, the labels' first tokens alone.
+                own = backbone.logits(encoded, layout, one.decoder_input_ids)[:, 1, torch.tensor(run.verbalizer_ids)]
+                right = torch.tensor([int(run.train.answers[row])])
+                losses.append(torch.nn.functional.cross_entropy(own, right))
+            else:
+                losses.append(label_losses(backbone, encoded, layout, one)[0])
             states.append(encoded.detach())
         (expected,) = torch.autograd.grad(torch.stack(losses).mean(), prompt)
         torch.testing.assert_close(together[0][number], expected[0], rtol=1e-9, atol=1e-12)

@@ -9,6 +9,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
 from supmer_ray.tasks.batch import Examples, TaskBatch, collate
@@ -50,20 +51,25 @@ def regularizer():
     return Regularizer(WIDTH, rank=5, gate_hidden=6).double()
 
 
-def examples(generator, tasks, each, longest=9, vectors=False):
+def examples(generator, tasks, each, longest=9, vectors=False, words=(10, 11, 12)):
     parts = []
     for _ in range(tasks):
         inputs = [generator.integers(2, 58, generator.integers(2, longest)).tolist() for _ in range(each)]
         if vectors:
             inputs = [[-1 - int(generator.integers(2)), *ids] for ids in inputs]
-        labels = [[SENTINEL, int(generator.integers(10, 13)), CLOSING] for _ in range(each)]
-        parts.append(Examples.of(inputs, labels, generator.normal(size=(2, WIDTH)) if vectors else None))
+        labels = [[SENTINEL, int(generator.choice(words)), CLOSING] for _ in range(each)]
+        parts.append(Examples.of(inputs, labels, generator.normal(size=(2, WIDTH)) if vectors else None, words))
     return Examples.concat(parts)
 
 
 def make_batch(seed=0, tasks=3, vectors=False):
     generator = np.random.default_rng(seed)
-    sets = [examples(generator, tasks, each, vectors=vectors) for each in (4, 6, 6)]
+    # Answers of the partner: one that the task has too, and one of its own.
+    answers = [(10, 11, 12), (10, 11, 12), (12, 13)]
+    sets = [
+        examples(generator, tasks, each, vectors=vectors, words=words)
+        for each, words in zip((4, 6, 6), answers, strict=True)
+    ]
     return TaskBatch(*sets, generator.random(tasks), ["nsp"] * tasks)
 
 
@@ -191,8 +197,45 @@ def test_without_a_gate_the_transform_still_learns(backbone):
     assert len(found.regularizer) == 6 and all(bool(gradient.abs().sum() > 0) for gradient in found.regularizer)
 
 
-def test_validation_losses_are_the_unmixed_query_losses(backbone, regularizer):
-    step, prompt, batch = MetaStep(backbone, regularizer, token_budget=60), make_prompt(), make_batch()
+def test_answers_alone_are_told_from_the_answers_of_both_tasks(backbone, regularizer):
+    """λ·log p(own) + (1 − λ)·log p(partner's) among the answers of both, written out for each example."""
+    step, batch, mixing = MetaStep(backbone, regularizer, answers_only=True), make_batch(tasks=2), np.full(12, 0.3)
+    found = step(make_prompt(), RATES, batch, mixing)
+    adapted = make_prompt() - RATES * found.update
+    losses = torch.zeros(2, dtype=torch.float64)
+    for i, task in enumerate(batch.query.task):
+        width = max(batch.query.lengths[i], batch.partner.lengths[i])
+        rows, partner = (
+            collate(part, np.array([i]), pad=0, start=0, widths=np.array([width]))
+            for part in (batch.query, batch.partner)
+        )
+        both = [encode_prompted(backbone, adapted, part)[0] for part in (rows, partner)]
+        union = Layout(rows.layout.widths, rows.layout.widths).behind(PROMPT)
+        mixed = 0.3 * both[0] + 0.7 * both[1]
+        logits = backbone.logits(mixed, union, rows.decoder_input_ids)[0, 1, [10, 11, 12, 13]]
+        target = torch.zeros(4, dtype=torch.float64)
+        target[int(rows.labels[0, 1]) - 10] += 0.3
+        target[int(partner.labels[0, 1]) - 10] += 0.7
+        divergence = torch.nn.functional.kl_div(logits.log_softmax(0), target, reduction="sum")
+        losses[task] += divergence.detach() / 6
+    torch.testing.assert_close(found.tasks["query_loss"], losses, rtol=1e-9, atol=1e-12)
+
+
+def test_answers_alone_drive_the_inner_step(backbone, regularizer):
+    batch, prompt = make_batch(tasks=1), make_prompt()
+    found = MetaStep(backbone, regularizer, answers_only=True)(prompt, RATES, batch, np.ones(6))
+    theta = prompt[None].clone().requires_grad_()
+    rows = collate(batch.support, np.arange(4), pad=0, start=0)
+    logits = backbone.logits(*encode_prompted(backbone, theta, rows), rows.decoder_input_ids)[:, 1, 10:13]
+    loss = torch.nn.functional.cross_entropy(logits, rows.labels[:, 1] - 10)
+    torch.testing.assert_close(found.tasks["support_loss"][0], loss.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.support_gradient, torch.autograd.grad(loss, theta)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_validation_losses_are_the_unmixed_query_losses(backbone, regularizer, answers_only):
+    step = MetaStep(backbone, regularizer, answers_only=answers_only, token_budget=60)
+    prompt, batch = make_prompt(), make_batch()
     losses, right = step.losses(prompt, RATES, batch)
     trained = step(prompt, RATES, batch, np.ones(18)).tasks["query_loss"]
     torch.testing.assert_close(losses, trained, rtol=1e-7, atol=1e-10)

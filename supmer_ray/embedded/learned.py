@@ -1,0 +1,93 @@
+"""The prompt and regularizer that ship: from a finished meta-training run into the package.
+
+A run on the embedded backbone and its store go in; a checkpoint without its optimizer comes out, with a card that
+says what it learned from and how far it came:
+
+    python -m supmer_ray.embedded.learned RUN STORE
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+from supmer_ray.data.store import read_manifest
+from supmer_ray.embedded import LEARNED
+from supmer_ray.errors import UserError
+from supmer_ray.files import read_sealed, seal, whole_folder
+from supmer_ray.meta.loop import METRICS_FILE
+from supmer_ray.train import CHECKPOINT
+
+CARD = """# The meta-trained prompt and regularizer
+
+θ ({rows} × {width}) and ψ_φ for the embedded backbone, what `supmer adapt` starts from on it. Learned from unlabeled text
+alone: {documents:,} documents, {sentences:,} sentences of {sources}, train documents of the catalog, none of a test
+split; {domains} domains in each family.
+
+{steps:,} meta-steps, {minutes:.0f} minutes, with these settings (the rest are defaults):
+
+```yaml
+{settings}```
+
+Validation tasks, after the inner steps, before the first meta-step and after the last:
+
+| task type | loss | | accuracy | |
+|---|---|---|---|---|
+{validation}
+
+What it is worth on labelled tasks: docs/results.md.
+"""
+
+
+def ship(run: Path, store: Path, folder: Path = LEARNED) -> None:
+    """Put a run's checkpoint, without its optimizer, and its card into `folder`.
+
+    Raises:
+        UserError: the run is not finished or has no checkpoint, or was not made from `store` on the embedded backbone.
+    """
+    checkpoint = run / CHECKPOINT
+    description = read_sealed(checkpoint, "a checkpoint")
+    manifest = read_manifest(store)
+    if manifest.backbone.name != "embedded" or manifest.corpus != description["corpus"]:
+        raise UserError(f"{run} was not meta-trained from {store} on the embedded backbone; name the store it read.")
+    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    planned = description["run"]["meta"]["steps"]
+    if not steps or steps[-1]["step"] < planned:
+        raise UserError(f"{run} has not come to its last step, {planned}; resume it first.")
+    found = [row["validation"] for row in rows if row["kind"] == "validation"]
+    with whole_folder(folder) as partial:
+        for file in ("prompt.safetensors", "regularizer.safetensors", "progress.json"):
+            shutil.copy(checkpoint / file, partial / file)
+        description.pop("checksums")
+        seal(partial, description)
+        meta, prompt = description["run"], description["run"]["prompt"]["length"]
+        card = CARD.format(
+            rows=prompt,
+            width=manifest.backbone.d_model,
+            documents=manifest.documents,
+            sentences=manifest.sentences,
+            sources=", ".join(manifest.settings.sources),
+            domains=manifest.settings.domains,
+            steps=planned,
+            minutes=sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps) / 60,
+            settings=yaml.safe_dump({"tasks": meta["tasks"], "meta": meta["meta"]}, sort_keys=False),
+            validation="\n".join(
+                f"| {name} | {found[0][name]['loss']:.2f} | {last['loss']:.2f} "
+                f"| {found[0][name]['accuracy']:.2f} | {last['accuracy']:.2f} |"
+                for name, last in found[-1].items()
+            ),
+        )
+        # Behind the seal: the card is for people and no part of the checkpoint.
+        (partial / "CARD.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        ship(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        sys.exit(str(error))
