@@ -24,9 +24,9 @@ from supmer_ray.train import CHECKPOINT
 
 CARD = """# The meta-trained prompt and regularizer
 
-θ ({rows} × {width}) and ψ_φ for the embedded backbone, what `supmer adapt` starts from on it. Learned from unlabeled text
-alone: {documents:,} documents, {sentences:,} sentences of {sources}, train documents of the catalog, none of a test
-split; {domains} domains in each family.
+θ ({rows} × {width}) and ψ_φ for the embedded backbone: what `supmer adapt` starts from on it. Learned from unlabeled
+text alone: {documents:,} documents, {sentences:,} sentences of {sources}, train documents of the catalog, none of a
+test split; {domains} domains in each family.
 
 {steps:,} meta-steps, {minutes:.0f} minutes, with these settings (the rest are defaults):
 

@@ -7,7 +7,7 @@ lays some of its rows out for a forward. `TaskBatch` is what one worker takes in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
@@ -132,7 +132,7 @@ class TaskBatch:
             return row.column(name).chunk(0)[0].values.to_numpy(zero_copy_only=False)
 
         def examples(role: str) -> Examples:
-            names = ("tokens", "offsets", "labels", "task", "vectors")
+            names = [field.name for field in fields(Examples)]
             return Examples(**{n: values(f"{role}.{n}").reshape(values(f"{role}.{n}.shape")) for n in names})
 
         return TaskBatch(

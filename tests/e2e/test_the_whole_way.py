@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from supmer_ray.data.catalog import labelled
+from supmer_ray.embedded.learned import ship
 
 SMALL = [
     "prompt.length=8", "meta.steps=4", "tasks.tasks_per_step=2", "tasks.support=4", "tasks.query=4",
@@ -56,9 +57,13 @@ def test_prepare_train_adapt_predict(folder):
         "patterns: ['{headline} topic : {mask} .']\n"
         "verbalizers: {sport: sport, business: business}\n"
     )
+    # As it would ship: without its optimizer, with a card.
+    ship(run, store, folder / "learned")
+    assert "| sck |" not in (card := (folder / "learned" / "CARD.md").read_text()) and "4 meta-steps" in card
     said = supmer(
-        "adapt", "--task", task, "--checkpoint", run / "checkpoint", "--shots", 8, "--steps", 4, "--out", adapted
+        "adapt", "--task", task, "--checkpoint", folder / "learned", "--shots", 8, "--steps", 4, "--out", adapted
     )
+    assert json.loads((adapted / "adapted.json").read_text())["config"]["loss"] == "answers"
     assert "test accuracy" in said.stdout
 
     headlines = ["Striker scores twice in cup final", "Bank raises profit forecast", "Coach quits after defeat"]

@@ -46,6 +46,8 @@ def test_configuration_mistakes(tmp_path):
     assert "Cannot read" in refused("train", "--store", tmp_path, "--out", out, "--config", tmp_path / "no.yaml")
     assert "domains" in refused("prepare", "--source", "bbc", "--out", out, "--domains", "1")
     assert "shots" in refused("adapt", "--task", "bbc-topic", "--out", out, "--shots", "0")
+    both = ("--plain", "--checkpoint", tmp_path)
+    assert "give one of them" in refused("adapt", "--task", "bbc-topic", "--out", out, *both)
     assert not out.exists()
 
 
