@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from supmer_ray.embedded import WEIGHTS, corpus, resolve
+from supmer_ray.config import EvaluateConfig, build, read_yaml
+from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, corpus, resolve
 from supmer_ray.embedded.assemble import load_encoder, tuned_layers
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
 from supmer_ray.errors import UserError
+from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.model.prompted import answer_logits, encode_prompted
 from supmer_ray.tasks.batch import Examples, collate
@@ -37,8 +39,19 @@ def test_other_names_are_returned_as_they_are():
 
 
 def test_shipped_weights_are_small_and_complete():
-    assert WEIGHTS.stat().st_size < 25 * 2**20
+    learned = sum(file.stat().st_size for file in LEARNED.iterdir())
+    assert WEIGHTS.stat().st_size + learned < 25 * 2**20
     assert not any("word_embeddings" in name for name in load_file(WEIGHTS))
+
+
+def test_the_prompt_that_ships_was_learned_on_the_backbone_and_by_the_settings_that_ship():
+    settings = build(EvaluateConfig, read_yaml(SETTINGS), str(SETTINGS))
+    checkpoint = load_checkpoint(LEARNED, load_backbone("embedded"))
+    assert checkpoint.prompt.shape == (settings.run.prompt.length, 384)
+    assert checkpoint.prompt.isfinite().all()
+    assert checkpoint.config.meta == settings.run.meta
+    assert checkpoint.config.tasks == settings.run.tasks
+    assert "200 meta-steps" in (LEARNED / "CARD.md").read_text(encoding="utf-8")
 
 
 def test_folder_loads_with_the_auto_classes(folder):
