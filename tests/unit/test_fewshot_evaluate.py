@@ -162,7 +162,10 @@ def test_every_builtin_method_fits_the_schema():
     assert configs["supmer"] == RunConfig()
     assert configs["only-mc"].tasks.types == ["nss", "scss"]
     assert not configs["no-psi"].regularizer.enabled and not configs["no-gate"].regularizer.gate
-    assert load_method("ppt").meta == load_method("metapt").meta | {"meta.inner_steps": 0}
+    assert load_method("ppt").meta == load_method("metapt").meta | {
+        "meta.inner_steps": 0,
+        "meta.learn_inner_rates": False,
+    }
 
 
 def test_a_method_that_makes_no_sense_is_refused(tmp_path):
