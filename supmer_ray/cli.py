@@ -150,7 +150,7 @@ def adapt(
     if name == "embedded":
         values |= read_yaml(embedded.SETTINGS)["adapt"]
         checkpoint = None if plain else checkpoint or embedded.LEARNED
-    values |= {"shots": shots} | ({"steps": steps} if steps else {})
+    values |= {"shots": shots} | ({} if steps is None else {"steps": steps})
     config = build(AdaptConfig, override(values, set_ or ()), "the command line")
     definition = load_definition(task)
     model = load_backbone(name)

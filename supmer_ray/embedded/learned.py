@@ -8,6 +8,7 @@ says what it learned from and how far it came:
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -28,7 +29,8 @@ CARD = """# The meta-trained prompt and regularizer
 text alone: {documents:,} documents, {sentences:,} sentences of {sources}, train documents of the catalog, none of a
 test split; {domains} domains in each family.
 
-{steps:,} meta-steps, {minutes:.0f} minutes, with these settings (the rest are defaults):
+{steps:,} meta-steps, {minutes:.0f} minutes, by the commands of docs/results.md, with these settings (the rest are
+defaults):
 
 ```yaml
 {settings}```
@@ -47,7 +49,8 @@ def ship(run: Path, store: Path, folder: Path = LEARNED) -> None:
     """Put a run's checkpoint, without its optimizer, and its card into `folder`.
 
     Raises:
-        UserError: the run is not finished or has no checkpoint, or was not made from `store` on the embedded backbone.
+        UserError: the run is not finished, has no checkpoint or no regularizer, or was not made from `store` on the
+            embedded backbone. `folder` is as it was then.
     """
     checkpoint = run / CHECKPOINT
     description = read_sealed(checkpoint, "a checkpoint")
@@ -59,15 +62,18 @@ def ship(run: Path, store: Path, folder: Path = LEARNED) -> None:
     planned = description["run"]["meta"]["steps"]
     if not steps or steps[-1]["step"] < planned:
         raise UserError(f"{run} has not come to its last step, {planned}; resume it first.")
+    if not description["run"]["regularizer"]["enabled"]:
+        raise UserError(f"{run} was meta-trained without a regularizer; what ships has one.")
     found = [row["validation"] for row in rows if row["kind"] == "validation"]
     with whole_folder(folder) as partial:
         for file in ("prompt.safetensors", "regularizer.safetensors", "progress.json"):
             shutil.copy(checkpoint / file, partial / file)
         description.pop("checksums")
         seal(partial, description)
-        meta, prompt = description["run"], description["run"]["prompt"]["length"]
+        settings = {name: description["run"][name] for name in ("prompt", "tasks", "meta")}
+        settings["workers"] = {"precision": description["run"]["workers"]["precision"]}
         card = CARD.format(
-            rows=prompt,
+            rows=settings["prompt"]["length"],
             width=manifest.backbone.d_model,
             documents=manifest.documents,
             sentences=manifest.sentences,
@@ -75,7 +81,7 @@ def ship(run: Path, store: Path, folder: Path = LEARNED) -> None:
             domains=manifest.settings.domains,
             steps=planned,
             minutes=sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps) / 60,
-            settings=yaml.safe_dump({"tasks": meta["tasks"], "meta": meta["meta"]}, sort_keys=False),
+            settings=yaml.safe_dump(settings, sort_keys=False),
             validation="\n".join(
                 f"| {name} | {found[0][name]['loss']:.2f} | {last['loss']:.2f} "
                 f"| {found[0][name]['accuracy']:.2f} | {last['accuracy']:.2f} |"
@@ -87,7 +93,11 @@ def ship(run: Path, store: Path, folder: Path = LEARNED) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Put a finished run's prompt and regularizer into the package.")
+    parser.add_argument("run", type=Path, help="a run's folder, meta-trained on the embedded backbone")
+    parser.add_argument("store", type=Path, help="the store that it read")
+    given = parser.parse_args()
     try:
-        ship(Path(sys.argv[1]), Path(sys.argv[2]))
+        ship(given.run, given.store)
     except UserError as error:
         sys.exit(str(error))

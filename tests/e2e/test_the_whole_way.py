@@ -10,6 +10,7 @@ import pytest
 
 from supmer_ray.data.catalog import labelled
 from supmer_ray.embedded.learned import ship
+from supmer_ray.errors import UserError
 
 SMALL = [
     "prompt.length=8", "meta.steps=4", "tasks.tasks_per_step=2", "tasks.support=4", "tasks.query=4",
@@ -59,12 +60,26 @@ def test_prepare_train_adapt_predict(folder):
     )
     # As it would ship: without its optimizer, with a card.
     ship(run, store, folder / "learned")
+    lesser = json.loads((run / "checkpoint" / "config.json").read_text())
+    lesser["run"]["regularizer"]["enabled"] = False
+    (folder / "lesser" / "checkpoint").mkdir(parents=True)
+    (folder / "lesser" / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    (folder / "lesser" / "checkpoint" / "config.json").write_text(json.dumps({**lesser, "checksums": {}}))
+    with pytest.raises(UserError, match="without a regularizer"):
+        ship(folder / "lesser", store, folder / "nothing")
+    assert not (folder / "nothing").exists()
     assert "| sck |" not in (card := (folder / "learned" / "CARD.md").read_text()) and "4 meta-steps" in card
     said = supmer(
         "adapt", "--task", task, "--checkpoint", folder / "learned", "--shots", 8, "--steps", 4, "--out", adapted
     )
     assert json.loads((adapted / "adapted.json").read_text())["config"]["loss"] == "answers"
     assert "test accuracy" in said.stdout
+
+    # Without a checkpoint from the one that ships, with --plain from none.
+    for name, options, regularized in (("shipped", (), True), ("plain", ("--plain",), False)):
+        supmer("adapt", "--task", task, "--shots", 4, "--steps", 1, "--out", folder / name, *options)
+        record = json.loads((folder / name / "adapted.json").read_text())
+        assert record["regularized"] == regularized and record["config"]["rate"] == 0.02
 
     headlines = ["Striker scores twice in cup final", "Bank raises profit forecast", "Coach quits after defeat"]
     with (folder / "rows.csv").open("w", newline="") as stream:

@@ -9,11 +9,15 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 from comparing import ADAPT, METHODS
 
 from supmer_ray.errors import UserError
-from supmer_ray.evaluate import evaluate
+from supmer_ray.evaluate import _run_cell, evaluate
+from supmer_ray.fewshot.definition import load_definition
+from supmer_ray.fewshot.evaluate import TaskRows
 from supmer_ray.fewshot.suite import Curve, Suite
+from supmer_ray.model.backbone import load_backbone
 
 
 def test_every_way_to_learn_and_a_resumed_evaluation_agree(compared, plan, tmp_path):
@@ -100,6 +104,22 @@ def test_a_curve_asks_for_the_runs_and_stores_that_differ(plan):
     assert variants("run.meta.steps", (1, 2)) == [("meta.steps = 1", ""), ("meta.steps = 2", "")]
     found = variants("prepare.domains", (3, 4), store=False, prepare={"sources": ["bbc"]})
     assert found == [("domains = 3", "domains = 3"), ("domains = 4", "domains = 4")]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float64"])
+def test_a_cell_computes_in_the_precision_that_was_asked_for(plan, monkeypatch, precision):
+    loaded = []
+
+    def watched(*arguments, **options):
+        loaded.append(load_backbone(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("supmer_ray.evaluate.load_backbone", watched)
+    cell = plan(["zero-shot"], store=False, precision=precision).cells()[1]
+    task = TaskRows.of(load_definition(cell.entry.train))
+    rows = _run_cell(cell, task, 1, None, 1, False, task)
+    assert [backbone.dtype for backbone in loaded] == [getattr(torch, precision)]
+    assert 0 <= rows[0]["test_accuracy"] <= 1
 
 
 def test_refusals_come_before_any_work(plan, tmp_path):

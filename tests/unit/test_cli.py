@@ -46,6 +46,7 @@ def test_configuration_mistakes(tmp_path):
     assert "Cannot read" in refused("train", "--store", tmp_path, "--out", out, "--config", tmp_path / "no.yaml")
     assert "domains" in refused("prepare", "--source", "bbc", "--out", out, "--domains", "1")
     assert "shots" in refused("adapt", "--task", "bbc-topic", "--out", out, "--shots", "0")
+    assert "steps" in refused("adapt", "--task", "bbc-topic", "--out", out, "--steps", "0")
     both = ("--plain", "--checkpoint", tmp_path)
     assert "give one of them" in refused("adapt", "--task", "bbc-topic", "--out", out, *both)
     assert not out.exists()
@@ -68,6 +69,9 @@ def test_an_evaluation_says_what_it_compares(tmp_path):
     assert "did you mean 'rate'" in refused("evaluate", "--out", out, "--suite", "open", "--set", "adapt.rat=0.1")
     message = refused("evaluate", "--out", out, "--suite", "open", "--checkpoint", "runs/first/checkpoint")
     assert "write METHOD=FOLDER" in message
+    shipped = ("--tasks", "bbc-topic", "--methods", "supmer", "--config", "embedded", "--checkpoint", "supmer=embedded")
+    message = refused("evaluate", "--out", out, *shipped, "--set", "run.prompt.length=5")
+    assert "embedded/learned holds a prompt of 10 rows" in message
     assert not out.exists()
 
 
