@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -79,3 +80,6 @@ def _worker(
         floats = prompt.numel() + sum(p.numel() for p in regularizer.parameters()) + 1 + len(found.tasks) + 2
         queue.put({"seconds": median(seconds), "reduce_seconds": median(reduces), "bytes": 4 * floats})
     torch.distributed.destroy_process_group()
+    # A thread of gloo may still be dropping a tensor, for which it wants the GIL; if Python is being taken down
+    # meanwhile, the process aborts (pytorch/pytorch#190489). The queue has written through: leave at once.
+    os._exit(0)
