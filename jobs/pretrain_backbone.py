@@ -25,15 +25,14 @@ from supmer_ray.errors import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoint, weights and card")
-    parser.add_argument("--start", type=Path, help="weights to begin with (with --blocks 0: few-shot blocks alone)")
     for field in fields(PretrainConfig):
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     options = vars(parser.parse_args())
-    output, start = options.pop("output"), options.pop("start")
+    output = options.pop("output")
     command = shlex.join(["python", "jobs/pretrain_backbone.py", *sys.argv[1:]])
     try:
-        pretrain(output, PretrainConfig(**options), command, start)
+        pretrain(output, PretrainConfig(**options), command)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -11,7 +11,6 @@ import numpy as np
 
 from supmer_ray.embedded.assemble import DECODER_LAYERS, SENTINEL_LIFT, TUNED_LAYERS
 from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, HINTS, SOURCES, WORD_SHARE
-from supmer_ray.embedded.episodes import EPISODE_SHARE, MEASURED_STEPS, MOST_CLASSES, UNTOLD
 from supmer_ray.tasks.types import ANSWERS
 
 if TYPE_CHECKING:
@@ -51,8 +50,8 @@ others the prompt holds the answer among other words. {config.tasks:.0%} of the 
 instead. The output bias of `[MASK]` starts {lift:g} above the other special tokens', or the decoder could never say it
 before an answer.
 
-{few_shot}{steps:,} steps of {config.batch} examples, {seen:.1f} M encoded tokens, AdamW with rates {config.rate}
-(decoder) and {config.encoder_rate} (encoder), seed {config.seed}, {minutes:.0f} minutes. Made by:
+{steps:,} steps of {config.batch} examples, {seen:.1f} M encoded tokens, AdamW with rates {config.rate} (decoder) and
+{config.encoder_rate} (encoder), seed {config.seed}, {minutes:.0f} minutes. Made by:
 
     {command}
 {changes}
@@ -66,13 +65,6 @@ Without a prompt, but for the classes, which it must tell of. Words: the likelie
 word (any whole word of the sentence, each as likely to be masked), or one of those around. Task types: the right answer
 is the likeliest of its answers.
 
-| few-shot tasks | accuracy behind vocabulary rows | after {measured_steps} steps of Adam | chance |
-|---|---|---|---|
-{episode_figures}
-
-Tasks of 2 to {most} classes as in training, {config.shots} support examples a class, 10 rows, Adam at
-{config.inner_rate}.
-
 ## Limits
 
 English, lower-cased; news of 2004 and 2005, film and product reviews, newsgroups and newswire, with their views and
@@ -80,24 +72,11 @@ gaps. A task type whose accuracy is near chance is one that this backbone has no
 """
 
 
-FEW_SHOT = """Then, for {steps:,} steps, few-shot tasks stood beside them: {config.episodes} a step, of 2 to {most}
-classes that are clusters of sentences ({cluster}), several clusters ({clusters}), words that are masked wherever they
-stand ({word}) or documents ({document}); clusters are named by words of theirs, or ({untold} of them) by words that say
-nothing of them. A prompt of vocabulary rows takes 1 to {inner} steps of Adam at {config.inner_rate} on {config.shots}
-examples a class, and the weights follow the loss of as many others behind it, at {rates:.0%} of the rates; the loss of
-the words counts {config.words:g} there.
-
-"""
-
-
-def write_card(
-    run: Pretraining, measured: dict[str, dict[str, float]], episodes: dict[str, tuple[float, float]], command: str
-) -> str:
+def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command: str) -> str:
     """The card of a finished run, in Markdown.
 
     Args:
         measured: loss and accuracy of each kind, as `Pretraining.evaluate` gives them.
-        episodes: accuracies before and after adaptation, as `Pretraining.evaluate_episodes` gives them.
         command: what makes the weights again.
     """
     config, done, corpus = run.config, run.progress, run.words["train"].corpus
@@ -113,19 +92,6 @@ def write_card(
         + (f"{1 / len(ANSWERS[kind]):.3f} |" if kind in ANSWERS else "– |")
         for kind, m in measured.items()
     )
-    chance = np.mean(1 / np.arange(2, MOST_CLASSES + 1))
-    episode_figures = "\n".join(
-        f"| {kind} | {before:.3f} | {after:.3f} | {chance:.3f} |" for kind, (before, after) in episodes.items()
-    )
-    few_shot = FEW_SHOT.format(
-        steps=config.few_shot_blocks * config.batches,
-        most=MOST_CLASSES,
-        untold=f"{UNTOLD:.0%}",
-        inner=2 * config.inner_steps - 1,
-        rates=config.few_shot_rates,
-        config=config,
-        **{kind: f"{share:.0%}" for kind, share in EPISODE_SHARE.items()},
-    )
     shares = {kind.replace("class", "class_"): f"{share:.0%}" for kind, share in WORD_SHARE.items()}
     return TEMPLATE.format(
         layers=DECODER_LAYERS,
@@ -133,10 +99,6 @@ def write_card(
         own=own / 1e6,
         text=text,
         figures=figures,
-        episode_figures=episode_figures,
-        few_shot=few_shot if config.few_shot_blocks else "",
-        measured_steps=MEASURED_STEPS,
-        most=MOST_CLASSES,
         chunk=CHUNK_TOKENS,
         hints=HINTS,
         steps=done.steps,

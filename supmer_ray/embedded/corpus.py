@@ -253,7 +253,7 @@ class WordExamples:
     longest: int
 
     @cached_property
-    def tails(self) -> dict[str, list[tuple[list[int], list[int]]]]:
+    def _tails(self) -> dict[str, list[tuple[list[int], list[int]]]]:
         """(before, after) ids of each tail."""
         split = {}
         for kind, tails in (("matter", MATTER_TAILS), ("manner", MANNER_TAILS)):
@@ -315,7 +315,7 @@ class WordExamples:
         return words[at : at + 1], np.ones(1)
 
     @cached_property
-    def keywords(self) -> list[np.ndarray]:
+    def _keywords(self) -> list[np.ndarray]:
         """For each cluster of sentences the words that are most its own, by class TF-IDF."""
         corpus, lexicon = self.store.corpus, self.lexicon
         wanted = lexicon.matter + 0.5 * lexicon.manner
@@ -335,7 +335,7 @@ class WordExamples:
         named = generator.random() < 0.6
         shown = not named or generator.random() < 0.6
         if named:
-            words = np.array([generator.choice(self.keywords[cluster]) for cluster in chosen])
+            words = np.array([generator.choice(self._keywords[cluster]) for cluster in chosen])
         else:
             ids, share = self._common["masked"]
             words = generator.choice(ids, len(chosen), p=share)
@@ -352,7 +352,7 @@ class WordExamples:
         filler = random_rows(self.longest, generator)[: max(0, self.longest - sum(map(len, groups)))]
         groups += [[word] for word in filler]
         prompt = [id for group in generator.permutation(len(groups)) for id in groups[group]]
-        before, after = self.tails["matter"][generator.integers(len(self.tails["matter"]))]
+        before, after = self._tails["matter"][generator.integers(len(self._tails["matter"]))]
         body = [*before, *self.store.corpus.row_tokens(row).tolist(), *after]
         return WordExample(
             prompt,
@@ -395,7 +395,7 @@ class WordExamples:
         if len(useful) > ANSWERS:
             useful = generator.choice(useful, ANSWERS, replace=False, p=weights[useful] / weights.sum())
             weights = np.ones_like(weights)
-        before, after = self.tails[kind][generator.integers(len(self.tails[kind]))]
+        before, after = self._tails[kind][generator.integers(len(self._tails[kind]))]
         return [*before, *own.tolist(), *after], words[useful].astype(np.int64), weights[useful]
 
 

@@ -1,12 +1,9 @@
 """Trains the embedded backbone on the catalog's train documents: its decoder, and the last layers of its encoder.
 
 Every input stands behind a prompt of vocabulary rows and vectors. The model learns to name words behind a mask, words
-from around a sentence, words of classes that the prompt tells of, and the answers of the paper's five task types. Then
-it learns to be steered: prompts are adapted to few-shot tasks of the text by some steps of Adam, and the weights follow
-the loss of other examples of these tasks behind the adapted prompts (as context parameters are learned by Zintgraf et
-al., 2019, arXiv:1810.03642; first order). Out come `weights.safetensors` and the card that says what was measured.
-Every step is a function of the seed and its number, so a run that was cut off goes on from its last checkpoint as if
-nothing had happened.
+from around a sentence, words of classes that the prompt tells of, and the answers of the paper's five task types. Out
+come `weights.safetensors` and the card that says what was measured. Every step is a function of the seed and its
+number, so a run that was cut off goes on from its last checkpoint as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -22,10 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from supmer_ray.embedded.assemble import (
     SENTINEL_LIFT,
@@ -49,7 +45,6 @@ from supmer_ray.embedded.corpus import (
     read,
     task_corpus,
 )
-from supmer_ray.embedded.episodes import EPISODE_SHARE, MEASURED_STEPS, Episode, EpisodeRows, Episodes
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.tasks.formats import Formats
@@ -74,25 +69,17 @@ class PretrainConfig:
 
     Attributes:
         blocks: of `batches` batches; the words of a block are sorted by length, so that little is padded.
-        few_shot_blocks: blocks behind those, of as many steps, each of a batch and of few-shot tasks.
         batch: examples of a batch of words.
         rate: highest AdamW rate of the decoder; it rises over the first 3 % of the steps and falls to 0 over the rest.
         encoder_rate: the same of the encoder's tuned layers.
         tasks: share of the batches that ask one of the five task types.
         prompt: longest prompt.
-        few_shot_rates: the rates of the few-shot blocks as a share of the others; they rise and fall once more.
-        episodes: few-shot tasks of a step.
-        shots: support examples of a class, and as many query examples.
-        inner_steps: the prompts take 1 to 2·inner_steps − 1 steps of Adam.
-        inner_rate: rate of these.
-        words: weight of the batch's loss in a few-shot step.
         scale, noise: standard deviations of the logarithm of a factor of each prompt row, and of what is added to each
             of its numbers, in half of the examples: tuned prompts are no vocabulary rows.
         limit: documents read from each source; None: all.
     """
 
     blocks: int = 72
-    few_shot_blocks: int = 12
     batches: int = 64
     batch: int = 64
     rate: float = 5e-4
@@ -100,30 +87,14 @@ class PretrainConfig:
     weight_decay: float = 0.01
     tasks: float = 0.25
     prompt: int = 16
-    few_shot_rates: float = 0.5
-    episodes: int = 3
-    shots: int = 8
-    inner_steps: int = 4
-    inner_rate: float = 0.03
-    words: float = 0.4
     scale: float = 0.4
     noise: float = 0.03
     seed: int = 0
     limit: int | None = None
 
     @property
-    def all_blocks(self) -> int:
-        return self.blocks + self.few_shot_blocks
-
-    def rate_at(self, step: int) -> float:
-        """What the highest rates are multiplied with in step `step`."""
-        few_shot = step >= self.blocks * self.batches
-        first, blocks = (self.blocks, self.few_shot_blocks) if few_shot else (0, self.blocks)
-        done, steps = step - first * self.batches, blocks * self.batches
-        warm_up = max(1, round(WARM_UP * steps))
-        return min((done + 1) / warm_up, (steps - done) / (steps - warm_up + 1)) * (
-            self.few_shot_rates if few_shot else 1.0
-        )
+    def steps(self) -> int:
+        return self.blocks * self.batches
 
 
 @dataclass(frozen=True)
@@ -207,8 +178,7 @@ class Pretraining:
             split: WordExamples(corpus, lexicon, self.backbone, self.stores[split], self.config.prompt)
             for split, corpus in corpora.items()
         }
-        self.episodes = {split: Episodes(words, self.config.shots) for split, words in self.words.items()}
-        if self.progress.block == 0 and self.config.blocks:
+        if self.progress.block == 0:
             counts = np.bincount(train.tokens, minlength=len(lexicon.matter))
             share = counts * (lexicon.matter + 0.3 * lexicon.manner) + 0.05
             bias = torch.from_numpy(np.log(share / share.sum())).float()
@@ -275,31 +245,12 @@ class Pretraining:
             torch.from_numpy(shares),
         )
 
-    def encode(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Word embeddings (B, L, d) → the encoder's last hidden states, float32."""
-        embeddings = self.model.encoder.embeddings
-        places = embeddings.position_embeddings.weight[: words.shape[1]]
-        x = embeddings.LayerNorm(words + places + embeddings.token_type_embeddings.weight[0]).bfloat16()
-        wide = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
-        for layer in self._frozen:
-            x = layer(x, wide)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            for layer in self._tuned:
-                x = layer(x, wide)
-        return x.float()
-
-    def decode(self, read: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        """The decoder's hidden states (B, T, d) at what it has read, (B, T) ids."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = self.decoder.bert(
-                input_ids=read, encoder_hidden_states=states, encoder_attention_mask=mask.long(), use_cache=False
-            ).last_hidden_state
-        return cast(Tensor, hidden.float())
-
     def states(self, batch: Batch) -> Tensor:
         """The encoder's last hidden states, (B, P + L, d) float32."""
+        embeddings = self.model.encoder.embeddings
+        mask = batch.mask[:, None, None].expand(-1, 1, batch.mask.shape[1], -1)
         with torch.no_grad():
-            words = self.model.encoder.embeddings.word_embeddings(batch.ids.clamp_min(0))
+            words = embeddings.word_embeddings(batch.ids.clamp_min(0))
             rows = torch.arange(len(words))[:, None]
             inserted = batch.vectors[rows, (-1 - batch.ids).clamp_min(0)]
             words = torch.where(batch.ids[..., None] < 0, inserted, words)
@@ -307,7 +258,14 @@ class Pretraining:
                 scale, noise = batch.changed
                 prompt = words[:, : noise.shape[1]]
                 prompt.mul_(scale).add_(noise)
-        return self.encode(words, batch.mask)
+            places = embeddings.position_embeddings.weight[: words.shape[1]]
+            x = embeddings.LayerNorm(words + places + embeddings.token_type_embeddings.weight[0]).bfloat16()
+            for layer in self._frozen:
+                x = layer(x, mask)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for layer in self._tuned:
+                x = layer(x, mask)
+        return x.float()
 
     def losses(self, batch: Batch, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the answer (B, vocabulary), its cross-entropy (B,), and the mean one of the frame around it."""
@@ -315,79 +273,43 @@ class Pretraining:
         count = np.asarray((batch.shares > 0).sum(1))
         said = batch.answers[torch.arange(len(count)), torch.from_numpy(generator.integers(0, count))]
         fixed = torch.full_like(said, backbone.start), torch.full_like(said, backbone.sentinel)
-        hidden = self.decode(torch.stack([*fixed, said], dim=1), self.states(batch), batch.mask)  # (B, 3, d)
+        states = self.states(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.decoder.bert(
+                input_ids=torch.stack([*fixed, said], dim=1),
+                encoder_hidden_states=states,
+                encoder_attention_mask=batch.mask.long(),
+                use_cache=False,
+            ).last_hidden_state.float()  # (B, 3, d)
         logits = self.decoder.cls(hidden[:, 1])
         frame = self.decoder.cls(hidden[:4, ::2]).flatten(0, 1)
         around = torch.tensor([backbone.sentinel, backbone.closing]).repeat(len(frame) // 2)
         answer_loss = -(batch.shares * logits.log_softmax(-1).gather(1, batch.answers)).sum(1)
-        return logits, answer_loss, cross_entropy(frame, around)
+        return logits, answer_loss, torch.nn.functional.cross_entropy(frame, around)
 
-    def choose(self, prompts: Tensor, rows: EpisodeRows) -> Tensor:
-        """Logits of each example's own choices, (B, n), −inf where it has fewer, behind its episode's prompt.
-
-        Args:
-            prompts: (episodes, P, d).
-        """
-        backbone, head = self.backbone, self.decoder.cls.predictions
-        embeddings = self.model.encoder.embeddings.word_embeddings
-        words = torch.cat([prompts[rows.owner], embeddings(rows.ids)], dim=1)
-        mask = torch.cat([rows.mask.new_ones(len(words), prompts.shape[1]), rows.mask], dim=1)
-        read = torch.tensor([[backbone.start, backbone.sentinel]]).expand(len(words), -1)
-        hidden = head.transform(self.decode(read, self.encode(words, mask), mask)[:, 1])
-        named = rows.choices.clamp_min(0)
-        logits = torch.einsum("bd,bnd->bn", hidden, embeddings(named)) + head.bias[named]
-        return logits.masked_fill(rows.choices < 0, -torch.inf)
-
-    def adapted(self, drawn: Sequence[Episode], length: int, steps: int, generator: np.random.Generator) -> Tensor:
-        """(episodes, length, d) prompts after `steps` of Adam on each episode's support, from vocabulary rows."""
-        ids = torch.from_numpy(generator.integers(0, 5000, (len(drawn), length)))
-        prompts = self.model.encoder.embeddings.word_embeddings(ids).detach().requires_grad_()
-        optimizer = torch.optim.Adam([prompts], lr=self.config.inner_rate)
-        support = EpisodeRows.of(drawn, support=True, pad=self.backbone.pad)
-        share = 1 / torch.bincount(support.owner)[support.owner]
-        self.decoder.eval()
-        for _ in range(steps):
-            losses = cross_entropy(self.choose(prompts, support), support.answers, reduction="none")
-            (prompts.grad,) = torch.autograd.grad((share * losses).sum(), prompts)
-            optimizer.step()
-        return prompts.detach()
-
-    def episode_loss(self, generator: np.random.Generator) -> Tensor:
-        """Mean query loss of some episodes behind their adapted prompts."""
-        config = self.config
-        drawn = [self.episodes["train"].draw(generator) for _ in range(config.episodes)]
-        length = int(generator.integers(min(4, config.prompt), config.prompt + 1))
-        prompts = self.adapted(drawn, length, int(generator.integers(1, 2 * config.inner_steps)), generator)
-        self.decoder.train()
-        query = EpisodeRows.of(drawn, support=False, pad=self.backbone.pad)
-        return cross_entropy(self.choose(prompts, query), query.answers)
-
-    def train_block(self, batches: Sequence[Batch]) -> tuple[float, float | None]:
-        """Train on a block; the mean loss of its answers, and in a few-shot block that of the episodes."""
+    def train_block(self, batches: Sequence[Batch]) -> float:
+        """Train on a block; the mean loss of its answers."""
         config = self.config
         done = self.progress
-        few_shot = done.block >= config.blocks
         generator = np.random.default_rng((config.seed, done.block, 1))
         torch.manual_seed(config.seed * 1_000_003 + done.block)
         self.decoder.train()
-        mean = [0.0, 0.0]
+        warm_up = max(1, round(WARM_UP * config.steps))
+        mean = 0.0
         for number in generator.permutation(len(batches)):
+            fraction = min((done.steps + 1) / warm_up, (config.steps - done.steps) / (config.steps - warm_up + 1))
             for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * config.rate_at(done.steps)
+                group["lr"] = group["peak"] * fraction
             _, answer_losses, frame_loss = self.losses(batches[number], generator)
-            ((answer_losses.mean() + frame_loss) * (config.words if few_shot else 1.0)).backward()
-            mean[0] += answer_losses.mean().item() / len(batches)
-            if few_shot:
-                loss = self.episode_loss(generator)
-                loss.backward()
-                mean[1] += loss.item() / len(batches)
+            (answer_losses.mean() + frame_loss).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            mean += answer_losses.mean().item() / len(batches)
             done.steps += 1
         done.block += 1
         done.tokens += sum(int(batch.mask.sum()) for batch in batches)
-        return mean[0], mean[1] if few_shot else None
+        return mean
 
     @torch.no_grad()
     def evaluate(self, batches: int = 8) -> dict[str, dict[str, float]]:
@@ -417,26 +339,6 @@ class Pretraining:
                 losses.append(answer_losses)
                 hits.append(((best[:, None] == batch.answers) & (batch.shares > 0)).any(1).float())
             measured[kind] = {"loss": float(torch.cat(losses).mean()), "accuracy": float(torch.cat(hits).mean())}
-        return measured
-
-    def evaluate_episodes(self, episodes: int = 24) -> dict[str, tuple[float, float]]:
-        """Accuracy on held-out episodes of each kind, behind 10 vocabulary rows and behind those after 8 steps."""
-        measured = {}
-        for number, kind in enumerate(EPISODE_SHARE):
-            generator = np.random.default_rng((20230302, number))
-            found = []
-            for _ in range(episodes):
-                drawn = [self.episodes["held out"].draw(generator, kind)]
-                query = EpisodeRows.of(drawn, support=False, pad=self.backbone.pad)
-                seed = int(generator.integers(2**31))
-                hits = []
-                for steps in (0, MEASURED_STEPS):
-                    prompts = self.adapted(drawn, 10, steps, np.random.default_rng(seed))
-                    with torch.no_grad():
-                        hits.append((self.choose(prompts, query).argmax(1) == query.answers).float().mean().item())
-                found.append(hits)
-            before, after = np.mean(found, axis=0).tolist()
-            measured[kind] = (before, after)
         return measured
 
     def save(self, file: Path) -> None:
@@ -473,17 +375,6 @@ class Pretraining:
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
                 }
 
-    def start_from(self, file: Path) -> None:
-        """Take the weights of another run.
-
-        Raises:
-            UserError: they are no weights of this backbone.
-        """
-        try:
-            load_own(self.model, load_file(file))
-        except (OSError, SafetensorError, AssertionError, RuntimeError) as error:
-            raise UserError(f"{file} holds no weights of the embedded backbone ({error}).") from None
-
     def export(self, file: Path) -> None:
         """Write what was trained in float16, the file that the package ships."""
         state = {name: value.detach().half().contiguous() for name, value in self.parameters.items()}
@@ -496,45 +387,36 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
     new.replace(file)
 
 
-def pretrain(output: Path, config: PretrainConfig, command: str = "", start: Path | None = None) -> None:
+def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
     """Train to the end, or go on with the run in `output`; write weights.safetensors and CARD.md there.
 
     Args:
         command: what the card says makes the weights again.
-        start: weights to begin with instead of untrained ones.
 
     Raises:
-        UserError: the catalog cannot be fetched, `start` does not fit, or `output` holds a run of other settings.
+        UserError: the catalog cannot be fetched, or `output` holds a run of other settings.
     """
     checkpoint = output / "checkpoint.safetensors"
     run = Pretraining(config)
     if checkpoint.is_file():
         run.resume(checkpoint)
     run.read_text()
-    if start is not None and run.progress.block == 0:
-        run.start_from(start)
     output.mkdir(parents=True, exist_ok=True)
     clock = time.perf_counter()
     done = run.progress
     # The next block is drawn beside the training on this one.
     with ThreadPoolExecutor(1) as beside:
         coming = beside.submit(run.block, done.block)
-        while done.block < config.all_blocks:
+        while done.block < config.blocks:
             batches = coming.result()
             coming = beside.submit(run.block, done.block + 1)
-            loss, episode_loss = run.train_block(batches)
+            loss = run.train_block(batches)
             done.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
-            told = "" if episode_loss is None else f", of few-shot tasks {episode_loss:.3f}"
-            print(
-                f"block {done.block} of {config.all_blocks}, {done.seconds / 60:.1f} min, loss {loss:.3f}{told}",
-                flush=True,
-            )
-            few_shot = done.block >= config.blocks
-            if few_shot or done.block % CHECKPOINT_BLOCKS == 0 or done.block == config.all_blocks:
+            print(f"block {done.block} of {config.blocks}, {done.seconds / 60:.1f} min, loss {loss:.3f}", flush=True)
+            if done.block % CHECKPOINT_BLOCKS == 0 or done.block == config.blocks:
                 run.save(checkpoint)
     run.export(output / "weights.safetensors")
     # What is measured is what is shipped: the weights as they come back from float16.
     load_own(run.model, load_file(output / "weights.safetensors"))
-    card = write_card(run, run.evaluate(), run.evaluate_episodes(), command)
-    (output / "CARD.md").write_text(card, encoding="utf-8")
+    (output / "CARD.md").write_text(write_card(run, run.evaluate(), command), encoding="utf-8")

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from supmer_ray.config import EvaluateConfig, build, read_yaml
 from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, corpus, resolve
 from supmer_ray.embedded.assemble import load_encoder, tuned_layers
-from supmer_ray.embedded.episodes import EPISODE_SHARE, MOST_CLASSES, EpisodeRows
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
 from supmer_ray.errors import UserError
 from supmer_ray.meta.state import load_checkpoint
@@ -21,7 +19,7 @@ from supmer_ray.model.prompted import answer_logits, encode_prompted
 from supmer_ray.tasks.batch import Examples, collate
 from supmer_ray.tasks.types import ANSWERS
 
-TINY = PretrainConfig(blocks=2, few_shot_blocks=1, batches=2, batch=2, prompt=3, episodes=2, shots=2, limit=40)
+TINY = PretrainConfig(blocks=2, batches=2, batch=2, prompt=3, limit=40)
 
 
 @pytest.fixture(scope="module")
@@ -138,64 +136,16 @@ def test_task_batches_balance_their_answers(pretraining):
         assert min(counts) > 0
 
 
-def test_an_episode_holds_as_many_support_and_query_sentences_of_each_class(pretraining):
-    generator = np.random.default_rng(2)
-    for kind in EPISODE_SHARE:
-        for _ in range(10):
-            episode = pretraining.episodes["train"].draw(generator, kind)
-            classes = len(episode.words)
-            assert 2 <= classes <= MOST_CLASSES and len(set(episode.words.tolist())) == classes
-            counts = np.bincount(episode.answers * 2 + episode.support)
-            assert counts.tolist() == [TINY.shots] * 2 * classes
-            for body, answer in zip(episode.bodies, episode.answers, strict=True):
-                assert body.count(pretraining.backbone.sentinel) == 1
-                assert kind != "word" or episode.words[answer] not in body
-
-
-def test_a_prompt_that_was_adapted_to_an_episode_answers_its_support_better(pretraining):
-    episodes = [pretraining.episodes["train"].draw(np.random.default_rng(seed), "cluster") for seed in range(2)]
-    support = EpisodeRows.of(episodes, support=True, pad=pretraining.backbone.pad)
-    losses = []
-    for steps in (0, 6):
-        prompts = pretraining.adapted(episodes, 5, steps, np.random.default_rng(0))
-        with torch.no_grad():
-            losses.append(cross_entropy(pretraining.choose(prompts, support), support.answers))
-    assert losses[1] < losses[0]
-    # What an episode is given does not depend on the other episodes beside it.
-    alone = pretraining.adapted(episodes[:1], 5, 6, np.random.default_rng(0))
-    assert (alone - prompts[:1]).abs().max() < 0.02
-
-
-def test_training_begins_with_weights_that_are_named(tmp_path):
-    run = Pretraining(replace(TINY, blocks=0))
-    run.start_from(WEIGHTS)
-    for name, value in load_file(WEIGHTS).items():
-        assert run.parameters[name].equal(value.float())
-    (tmp_path / "other.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="holds no weights of the embedded backbone"):
-        run.start_from(tmp_path / "other.safetensors")
-
-
-def test_rates_rise_and_fall_once_more_for_the_few_shot_blocks():
-    config = PretrainConfig(blocks=4, few_shot_blocks=2, batches=50)
-    rates = [config.rate_at(step) for step in range(300)]
-    assert rates[5] == pytest.approx(1, abs=0.02) and rates[199] < 0.01
-    assert rates[202] == pytest.approx(config.few_shot_rates, abs=0.02) and 0 < rates[299] < 0.01
-
-
 def test_training_resumes_exactly(pretraining, tmp_path):
     whole = pretraining
-    told = []
-    for block in range(3):
+    for block in range(2):
         if block == 1:
             whole.save(tmp_path / "checkpoint.safetensors")
-        told.append(whole.train_block(whole.block(block))[1])
-    assert told[:2] == [None, None] and told[2] > 0
+        whole.train_block(whole.block(block))
     resumed = Pretraining(TINY)
     resumed.resume(tmp_path / "checkpoint.safetensors")
-    resumed.words, resumed.stores, resumed.episodes = whole.words, whole.stores, whole.episodes
-    for block in (1, 2):
-        resumed.train_block(resumed.block(block))
+    resumed.words, resumed.stores = whole.words, whole.stores
+    resumed.train_block(resumed.block(1))
     for name, value in whole.parameters.items():
         assert value.equal(resumed.parameters[name]), name
     with pytest.raises(UserError, match="other settings"):
