@@ -400,6 +400,8 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             break
     for logger in loggers:
         logger.close()
+    if series:
+        series.close()
     if log:
         log.flush()
 

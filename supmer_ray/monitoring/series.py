@@ -6,6 +6,7 @@ rows, so every series has one value a run; the task types share a series and dif
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ COMPUTED = {
     "supmer_gpu_memory_bytes": "GPU memory that PyTorch holds on rank 0's device.",
 }
 PHASE_SECONDS = ("supmer_phase_seconds", "Seconds of the latest meta-step by phase.")
+KEPT_SECONDS = 1.0
+"""How often the latest values are set again. Ray drops a gauge that was not set for two of its reporting intervals, 20
+seconds where nothing else is configured; validation comes once in many steps, and a step of a large model may take
+longer than that."""
+
 VALIDATION = {
     "supmer_validation_loss": ("loss", "Validation loss of each task type, in nats."),
     "supmer_validation_accuracy": ("accuracy", "Validation accuracy of each task type."),
@@ -50,7 +56,7 @@ VALIDATION = {
 
 
 class RunSeries:
-    """The series of one run.
+    """The series of one run, kept at their latest values until `close`.
 
     Args:
         run: the run's name, a label of all of them.
@@ -65,6 +71,21 @@ class RunSeries:
         self._gauges = {name: Gauge(name, text, ("run", "task_type")) for name, text in by_type.items()}
         self._gauges |= {name: Gauge(name, text, ("run",)) for name, text in overall.items()}
         self._gauges[PHASE_SECONDS[0]] = Gauge(*PHASE_SECONDS, ("run", "phase"))
+        self._latest: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._keeper.start()
+
+    def close(self) -> None:
+        """The run is over: let its series age out."""
+        self._closed.set()
+        self._keeper.join()
+
+    def _keep(self) -> None:
+        while not self._closed.wait(KEPT_SECONDS):
+            with self._lock:
+                for (name, *_), (value, labels) in self._latest.items():
+                    self._gauges[name].set(value, labels)
 
     def row(self, row: dict[str, Any]) -> None:
         """Set what a row of the metrics file says."""
@@ -91,4 +112,7 @@ class RunSeries:
             self._set(PHASE_SECONDS[0], row[f"{phase}_seconds"] if phase != "data" else waited, phase=phase)
 
     def _set(self, name: str, value: float, **labels: str) -> None:
-        self._gauges[name].set(float(value), {"run": self._run, **labels})
+        labels = {"run": self._run, **labels}
+        with self._lock:
+            self._latest[name, *labels.values()] = float(value), labels
+            self._gauges[name].set(float(value), labels)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import urllib.request
 
 import pytest
@@ -10,7 +11,7 @@ import ray
 from supmer_ray.config import load_run_config
 from supmer_ray.errors import UserError
 from supmer_ray.monitoring.dashboard import FILE, dashboard_text, write_dashboard
-from supmer_ray.monitoring.series import PHASES
+from supmer_ray.monitoring.series import PHASES, RunSeries
 from supmer_ray.train import train
 
 SETTINGS = [
@@ -58,6 +59,19 @@ def test_the_metrics_port_has_every_series_that_the_dashboard_queries(tiny_store
     rows = [json.loads(line) for line in (tmp_path / "shown" / "metrics.jsonl").read_text().splitlines()]
     similarities = [row["similarity"] for row in rows if row["kind"] == "step"]
     assert min(similarities) <= seen["ray_supmer_similarity"][None] <= max(similarities)
+
+
+def test_a_value_stays_at_the_metrics_port_until_the_run_is_over(ray_cluster):
+    """Ray drops a gauge that nobody sets for two reporting intervals, of one second here."""
+    series = RunSeries("kept", tasks_per_step=1, workers=1)
+    series.row({"kind": "validation", "step": 0, "validation": {"nsp": {"loss": 1.5, "accuracy": 0.25}}})
+    time.sleep(6)
+    assert scraped("kept")["ray_supmer_validation_loss"] == {"nsp": 1.5}
+    series.close()
+    ended = time.monotonic()
+    while scraped("kept"):
+        assert time.monotonic() < ended + 30
+        time.sleep(0.5)
 
 
 def test_the_dashboard_is_written_where_grafana_looks(tmp_path, monkeypatch):
