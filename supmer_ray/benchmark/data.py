@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from supmer_ray.benchmark.memory import peak_memory_of_all
 from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig, build
 from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
 from supmer_ray.data.store import Store
@@ -95,7 +94,7 @@ def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[di
     rows = []
     for documents in sizes:
         config = PrepareConfig(sources=("bbc",), domains=8, max_documents=documents)
-        with tempfile.TemporaryDirectory() as folder, _tree_memory() as peak:
+        with tempfile.TemporaryDirectory() as folder, peak_memory_of_all() as peak:
             started = time.perf_counter()
             store = prepare(config, Path(folder) / "store")
             seconds = time.perf_counter() - started
@@ -106,30 +105,6 @@ def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[di
             f"{peak[0] / 2**20:,.0f} MiB in all processes"
         )
     return rows
-
-
-@contextmanager
-def _tree_memory() -> Iterator[list[int]]:
-    """Most bytes that this process and all below it held at once, shared pages counted once."""
-    import psutil
-
-    found, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            total = 0
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                with suppress(psutil.Error):
-                    total += process.memory_full_info().pss
-            found[0] = max(found[0], total)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
 
 
 def measure_embedding(path: Path, device: str, say: Callable[[str], None]) -> dict[str, Any]:

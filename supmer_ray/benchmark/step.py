@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,6 +12,7 @@ import numpy as np
 import torch
 
 from supmer_ray.benchmark.baseline import SequentialStep
+from supmer_ray.benchmark.memory import peak_memory
 from supmer_ray.benchmark.workload import Lengths, random_backbone, step_flops, task_batch
 from supmer_ray.meta.step import MetaGradients, MetaStep
 from supmer_ray.model.backbone import Backbone
@@ -107,7 +104,7 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
     for round_ in range(settings.repeats):
         peaks.append(matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16))
         for name, run in variants.items():
-            with _memory(device) as memory:
+            with peak_memory(device) as memory:
                 series[name].seconds.append(_timed(run, device))
             series[name].peak_bytes = max(series[name].peak_bytes, memory[0])
         times = ", ".join(f"{name} {one.seconds[-1]:.2f} s" for name, one in series.items())
@@ -165,35 +162,6 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     run()
     wait()
     return time.perf_counter() - started
-
-
-@contextmanager
-def _memory(device: torch.device) -> Any:
-    """Most bytes held during the block: allocated on a GPU; resident above the start on a CPU, looked at often."""
-    found = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        yield found
-        found[0] = torch.cuda.max_memory_allocated()
-        return
-    gc.collect()
-    before, done = _resident(), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            found[0] = max(found[0], _resident() - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def _saved_bytes(settings: StepSettings, lengths: Lengths, device: torch.device) -> float:

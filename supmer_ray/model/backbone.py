@@ -192,7 +192,8 @@ def load_backbone(
     Args:
         name: "embedded", a folder, or a hub name such as "google/flan-t5-base". Only safetensors
             weights are read (a pickle could run code) and remote code is never executed.
-        dtype: of the weights; unset: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower).
+        dtype: of the weights; unset: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is
+            faster on some (AVX-512 or AMX with bfloat16) and slower on others.
         threads: CPU threads torch may use in this process; unset: leave torch's choice.
 
     Raises:
