@@ -49,6 +49,9 @@ def prepare(
     domains: Annotated[int, typer.Option(help="Domains (clusters) of each data family.")] = 250,
     max_documents: Annotated[int | None, typer.Option(help="Read at most this many documents of each source.")] = None,
     seed: int = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Another setting, for example sentence_length=64.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Cut text into sentences, embed them and cluster them into domains."""
@@ -59,7 +62,7 @@ def prepare(
         "max_documents": max_documents,
         "seed": seed,
     }
-    config = build(PrepareConfig, values, "the command line")
+    config = build(PrepareConfig, override(values, set_ or ()), "the command line")
     require_new_folder(out, overwrite=overwrite)
     from supmer_ray.cluster import connect
     from supmer_ray.console import stage
@@ -94,7 +97,7 @@ def train(
     with stage("Meta-training", "steps") as line:
         progress = line.train_row(run_config.meta.steps)
         result = run(run_config, store, out, resume=resume, overwrite=overwrite, progress=progress)
-    print(f"{result.out}/checkpoint: the meta-trained prompt and regularizer (metrics.jsonl has one row a step)")
+    print(f"{result.out / 'checkpoint'}: the meta-trained prompt and regularizer (metrics.jsonl has one row a step)")
 
 
 @app.command()
@@ -130,8 +133,8 @@ def adapt(
     backbone: Annotated[str | None, typer.Option(help="Unset: the checkpoint's, or 'embedded'.")] = None,
     shots: Annotated[int, typer.Option(help="K, examples a class to train on, and as many for the dev split.")] = 16,
     steps: Annotated[int | None, typer.Option(help="Unset: 200; on the embedded backbone what suits it.")] = None,
-    seed: Annotated[int, typer.Option(help="Data seed: which K examples, and their order.")] = 0,
-    prompt_length: Annotated[int, typer.Option(help="Rows of a prompt that starts from vocabulary rows.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Data seed: which K examples, and their order.")] = 0,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Rows of a prompt that starts from vocabulary rows.")] = 10,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Another setting, for example rate=0.05.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -143,7 +146,7 @@ def adapt(
     from supmer_ray.fewshot.definition import load_definition
     from supmer_ray.fewshot.evaluate import adapt_task
     from supmer_ray.meta.state import backbone_name, load_checkpoint
-    from supmer_ray.model.backbone import load_backbone
+    from supmer_ray.model.backbone import best_device, load_backbone
 
     name = backbone or (backbone_name(checkpoint) if checkpoint else "embedded")
     values: dict[str, Any] = {}
@@ -153,7 +156,7 @@ def adapt(
     values |= {"shots": shots} | ({} if steps is None else {"steps": steps})
     config = build(AdaptConfig, override(values, set_ or ()), "the command line")
     definition = load_definition(task)
-    model = load_backbone(name)
+    model = load_backbone(name, device=best_device())
     learned = load_checkpoint(checkpoint, model) if checkpoint else None
     with stage(f"Adapting to {definition.name}", "steps") as line:
         result = adapt_task(
@@ -196,7 +199,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder with the benchmarks' published files.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with adapt, run and prepare; 'embedded': what suits the embedded backbone."),
+        typer.Option(help="YAML file with adapt, run and prepare; unset: on the embedded backbone what suits it."),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example adapt.rate=0.05.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
@@ -205,7 +208,9 @@ def evaluate(
     """Compare methods over tasks and data seeds; those that need meta-training get it first."""
     if (suite is None) == (tasks is None):
         raise UserError("Say what to compare on: either --suite NAME or --tasks a,b.")
-    config = embedded.SETTINGS if config == Path("embedded") else config
+    given_alone = override({}, set_ or ())
+    if config is None and given_alone.get("backbone", "embedded") == "embedded":
+        config = embedded.SETTINGS
     values = override(read_yaml(config) if config else {}, set_ or ())
     if shots is not None:
         values = override(values, [f"adapt.shots={shots}"])

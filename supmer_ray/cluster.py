@@ -20,11 +20,24 @@ BUILDER_CPUS = 0.5
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs of a cluster, and its nodes."""
+    """What a cluster has.
 
-    cpus: float
-    gpus: float
-    nodes: int
+    Attributes:
+        node_cpus: the CPUs of each living node.
+        gpus: of all nodes together.
+    """
+
+    node_cpus: tuple[float, ...]
+    gpus: float = 0.0
+
+    @property
+    def cpus(self) -> float:
+        """Of all nodes together."""
+        return sum(self.node_cpus)
+
+    def has_gpus_for(self, workers: WorkersConfig) -> bool:
+        """Whether each worker gets a GPU: as the configuration says, or if there are enough."""
+        return self.gpus >= workers.count if workers.gpu is None else workers.gpu
 
 
 def connect() -> Resources:
@@ -51,9 +64,16 @@ def connect() -> Resources:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    total = ray.cluster_resources()
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), nodes)
+    nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    return Resources(nodes, ray.cluster_resources().get("GPU", 0.0))
+
+
+def this_node_cpus() -> float:
+    """The CPUs that Ray counts on the node of this process: it heeds the limits of a container."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)
 
 
 def _knock(address: str) -> None:
@@ -84,6 +104,11 @@ def require_room(resources: Resources, workers: WorkersConfig) -> None:
         raise UserError(
             f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of {BUILDER_CPUS:g} need "
             f"{need:g} CPUs, but the cluster has {resources.cpus:g}; {instead}."
+        )
+    if workers.cpus > max(resources.node_cpus):
+        raise UserError(
+            f"A worker of {workers.cpus:g} CPUs has to lie on one node, and the largest has "
+            f"{max(resources.node_cpus):g}; lower workers.cpus."
         )
     if workers.gpu and workers.count > resources.gpus:
         raise UserError(

@@ -141,7 +141,7 @@ class WorkersConfig(_Section):
     count: int = Field(1, ge=1, description="Ray Train workers; each takes tasks_per_step / count tasks")
     cpus: float = Field(1.0, gt=0, description="CPUs a worker reserves")
     gpu: bool | None = Field(None, description="one GPU a worker; unset: if the cluster has them")
-    builders: int = Field(1, ge=1, description="builder actors that feed each worker")
+    builders: int = Field(1, ge=1, description="builders of meta-tasks that feed each worker")
     max_failures: int = Field(3, ge=0, description="worker failures that a run survives")
     precision: Precision | None = Field(
         None, description="of the frozen weights; unset: bfloat16 on a GPU, float32 on a CPU"
@@ -236,15 +236,31 @@ class DimensionConfig(_Section):
         return self.uniform or self.loguniform or self.int_ or self.choice or ()
 
 
+class AdaptConfig(_Section):
+    """Few-shot adaptation (spec: prompt tuning with ψ fixed, dev-split selection)."""
+
+    shots: int = Field(16, ge=1, description="K, training examples a class; the dev split has as many")
+    steps: int = Field(200, ge=1)
+    batch: int = Field(16, ge=1)
+    rate: float = Field(0.1, gt=0, description="AdamW rate of the prompt")
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    loss: Loss = Field("vocabulary", description="answers: the labels' words are told from each other only")
+    evaluate_every: int = Field(10, ge=1)
+    max_length: int = Field(412, ge=32)
+    max_test: int | None = Field(
+        None, ge=1, description="score at most this many test examples, the same for all seeds"
+    )
+
+
 class ObjectiveConfig(_Section):
     """What a sweep makes best: validation loss (lowest), or the dev accuracy of a few-shot task (highest)."""
 
     task: str | None = Field(
         None, description="a task's name or YAML file; unset: mean validation loss, every task type weighing the same"
     )
-    shots: int = Field(16, ge=1, description="K of the few-shot task; the dev split has as many")
     seeds: int = Field(2, ge=1, description="data seeds of the few-shot task, averaged")
-    steps: int = Field(50, ge=1, description="adaptation steps of the few-shot task")
+    adapt: AdaptConfig = Field(AdaptConfig(steps=50), description="how the few-shot task is adapted to")
 
     @property
     def mode(self) -> Literal["min", "max"]:
@@ -315,6 +331,8 @@ class SweepConfig(_Section):
                 raise ValueError("meta.learn_inner_rates learns what pbt would set by meta.inner_rate; switch one off")
             if self.samples < 2:
                 raise ValueError("pbt needs a population of at least two; write samples: 4")
+            if self.concurrency is not None and self.concurrency < self.samples:
+                raise ValueError("pbt needs its whole population at a time; leave concurrency out")
         elif self.pbt is not None:
             raise ValueError(f"a section pbt but search: {self.search}; write search: pbt, or leave the section out")
         for name, steps in (
@@ -372,22 +390,13 @@ class PrepareConfig(_Section):
     )
     seed: int = Field(0, ge=0)
 
-
-class AdaptConfig(_Section):
-    """Few-shot adaptation (spec: prompt tuning with ψ fixed, dev-split selection)."""
-
-    shots: int = Field(16, ge=1, description="K, training examples a class; the dev split has as many")
-    steps: int = Field(200, ge=1)
-    batch: int = Field(16, ge=1)
-    rate: float = Field(0.1, gt=0, description="AdamW rate of the prompt")
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
-    loss: Loss = Field("vocabulary", description="answers: the labels' words are told from each other only")
-    evaluate_every: int = Field(10, ge=1)
-    max_length: int = Field(412, ge=32)
-    max_test: int | None = Field(
-        None, ge=1, description="score at most this many test examples, the same for all seeds"
-    )
+    @model_validator(mode="after")
+    def _sample_holds_the_domains(self) -> PrepareConfig:
+        if self.kmeans_sample < self.domains:
+            raise ValueError(
+                f"kmeans_sample is {self.kmeans_sample}, fewer than the {self.domains} domains that k-means is to find"
+            )
+        return self
 
 
 class EvaluateConfig(_Section):

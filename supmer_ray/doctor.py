@@ -58,10 +58,10 @@ def describe() -> None:
     table.add_row("GPUs here", ", ".join(gpus) or "none")
     try:
         resources = connect()
-        table.add_row("cluster", f"{resources.nodes} nodes, {resources.cpus:g} CPUs, {resources.gpus:g} GPUs")
+        table.add_row("cluster", f"{len(resources.node_cpus)} nodes, {resources.cpus:g} CPUs, {resources.gpus:g} GPUs")
         workers = WorkersConfig()
         require_room(resources, workers)
-        device = "GPU" if resources.gpus >= workers.count else "CPU"
+        device = "GPU" if resources.has_gpus_for(workers) else "CPU"
         table.add_row(
             "a default run", f"{workers.count} worker on a {device}, {workers.builders} builder of meta-tasks"
         )

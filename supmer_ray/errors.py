@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import shorten
 
 
 class UserError(Exception):
@@ -27,16 +28,31 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(names)}."
 
 
-def require_new_folder(folder: Path, *, overwrite: bool, resume: bool = False, can_resume: bool = False) -> None:
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line that fits into a sentence."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return shorten(text, 200, placeholder=" …").rstrip(".")
+
+
+def require_new_folder(
+    folder: Path, *, overwrite: bool, resume: bool = False, can_resume: bool = False, marker: str | None = None
+) -> None:
     """Refuse an output folder that already holds something, before any work is done.
 
-    `can_resume` says whether the calling command has a `--resume` to suggest.
+    Args:
+        can_resume: whether the calling command has a `--resume` to suggest.
+        marker: a file by which the command knows its own output; what lacks it is not overwritten.
 
     Raises:
-        UserError: the folder is a file, or is not empty and neither flag was given.
+        UserError: the folder is a file, is not empty and neither flag was given, or is none to overwrite.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
         raise UserError(f"The output folder {folder} already holds a run; choose another, or add {ways}.")
+    if overwrite and marker and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise UserError(
+            f"The folder {folder} holds something else than this command writes ({marker} is missing), so it is not "
+            "overwritten; name another."
+        )

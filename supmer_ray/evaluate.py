@@ -29,7 +29,7 @@ from ray.exceptions import RayTaskError
 from supmer_ray.cluster import connect
 from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig
 from supmer_ray.data.prepare import prepare
-from supmer_ray.data.store import MANIFEST, read_manifest
+from supmer_ray.data.store import MANIFEST, Store, read_manifest
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.fewshot.comparison import gaps, markdown, summarize
 from supmer_ray.fewshot.definition import load_definition
@@ -42,6 +42,7 @@ from supmer_ray.files import held, read_sealed, whole_file, write_json
 from supmer_ray.meta.loop import METRICS_FILE
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import Backbone, load_backbone
+from supmer_ray.tasks.types import require_domains
 from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
 
 DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
@@ -187,7 +188,7 @@ def evaluate(
         UserError: unusable input; what was finished before it stays in `out`.
     """
     out = Path(out).absolute()
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
     description = plan.description()
     if resume:
         _require_same(out, description)
@@ -238,6 +239,7 @@ def _read_tasks(plan: Plan) -> dict[str, TaskRows]:
 
 def _check(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
     """Refuse now what a cell would refuse later: labels, too few rows, settings, missing checkpoints."""
+    _once([method.name for method in plan.methods], "methods")
     _once([rows[name].definition.name for name in rows], "tasks")
     _once([entry.train for entry in plan.suite.tasks], "entries")
     for cell in plan.cells():
@@ -275,6 +277,8 @@ def _check_origin(plan: Plan, point: Point, method: Method) -> None:
                 f"Method '{method.name}' needs meta-training; give a store (--store), its checkpoint "
                 f"(--checkpoint {method.name}=RUN/checkpoint), or sources (--set prepare.sources=[…])."
             )
+        if plan.store:
+            require_domains(Store.open(plan.store), config.tasks.types)
         return
     if point.run:
         raise UserError(
@@ -328,7 +332,7 @@ def _run_cells(
     resources = connect()
     gpus = 1 if resources.gpus >= 1 else 0
     # Few cells on many cores: each gets several threads.
-    threads = max(1, int(resources.cpus // len(waiting)))
+    threads = max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
     remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=gpus)
     tasks = {name: ray.put(task) for name, task in rows.items()}
     title, running = "Adapting and testing", {}

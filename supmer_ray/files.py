@@ -31,6 +31,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     After an exception nothing of it is left and `folder` is as it was.
     """
+    folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     scratch.mkdir()
@@ -60,8 +61,9 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as indented JSON."""
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Write `values` as indented JSON, whole or not at all."""
+    with whole_file(file) as scratch:
+        scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def seal(folder: Path, description: Mapping[str, Any], name: str = "config.json") -> None:
@@ -135,10 +137,15 @@ class Place:
         self.where = address.rstrip("/") + mark + query if self.remote else str(Path(where).absolute())
 
     def __str__(self) -> str:
-        return self.where
+        """As people may read it: without the keys and the options that a URI may hold."""
+        scheme, mark, rest = self.where.partition("://")
+        if not self.remote:
+            return self.where
+        bucket, slash, path = rest.partition("?")[0].partition("/")
+        return scheme + mark + bucket.rpartition("@")[2] + slash + path
 
     def __repr__(self) -> str:
-        return f"Place({self.where!r})"
+        return f"Place({str(self)!r})"
 
     def __truediv__(self, name: str) -> Place:
         if not self.remote:
@@ -176,10 +183,8 @@ class Place:
             return LocalFileSystem(), self.where
         try:
             return FileSystem.from_uri(self.where)
-        except (ArrowInvalid, ValueError) as error:
-            raise UserError(
-                f"{self.where} cannot be used as a place ({error}); write a path, s3://… or gs://…."
-            ) from None
+        except (ArrowInvalid, ValueError):
+            raise UserError(f"{self} cannot be used as a place; write a path, s3://… or gs://….") from None
 
     def read(self, name: str) -> str | None:
         """The text of a file, or None where there is no such file."""
@@ -219,12 +224,17 @@ class Place:
         return sorted(info.base_name for info in filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
 
 
-def require_new_place(place: Place, *, overwrite: bool, resume: bool) -> None:
+def require_new_place(place: Place, *, overwrite: bool, resume: bool, marker: str | None = None) -> None:
     """`require_new_folder` for the output of a command with `--resume`, wherever it lies."""
     if not place.remote:
-        require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=True)
+        require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=True, marker=marker)
     elif not (overwrite or resume) and place.listed():
         raise UserError(
             f"The output {place} already holds a run; choose another, or add --overwrite to replace it or "
             "--resume to go on."
+        )
+    elif overwrite and marker and place.listed() and place.read(marker) is None:
+        raise UserError(
+            f"{place} holds something else than this command writes ({marker} is missing), so it is not overwritten; "
+            "name another."
         )

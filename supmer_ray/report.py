@@ -64,7 +64,7 @@ def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Pa
     Raises:
         UserError: a folder is neither a run nor an evaluation, or has nothing to show yet.
     """
-    require_new_folder(out, overwrite=overwrite)
+    require_new_folder(out, overwrite=overwrite, marker=PAGE)
     if not folders:
         raise UserError("Name at least one run or evaluation to report on.")
     sections = []
@@ -117,7 +117,7 @@ def _run(folder: Path, prefix: str) -> _Section:
                 "prompt rows": str(config.prompt.length),
                 "time in steps": duration(seconds),
                 "waited for data": f"{100 * steps['data_wait_seconds'].sum() / max(seconds, 1e-9):.1f} %",
-                "tokens": f"{steps['tokens'].sum():,}",
+                "tokens": f"{steps['tokens'].sum() * config.workers.count:,}",
             }
         )
     )
@@ -235,7 +235,8 @@ def _draw(section: _Section, name: str, figure: Figure, caption: str) -> str:
     text = io.StringIO()
     with figures.style(name):
         figure.savefig(text, format="svg")
-    return f'<figure id="{name}">{_inline(text.getvalue(), name, caption)}<figcaption>{caption}</figcaption></figure>'
+    drawing = _inline(text.getvalue(), name, caption)
+    return f'<figure id="{name}">{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
 def _inline(svg: str, name: str, label: str) -> str:

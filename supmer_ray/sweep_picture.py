@@ -119,7 +119,8 @@ def _best_so_far(axes: Axes, trials: pd.DataFrame, objective: str, mode: str) ->
     finished = trials["state"] == "finished"
     numbers = np.arange(1, len(trials) + 1)
     values = trials["objective"].to_numpy(float)
-    best = (np.minimum if mode == "min" else np.maximum).accumulate(values)
+    # A trial that was stopped early, or refused, cannot be the best.
+    best = (np.fmin if mode == "min" else np.fmax).accumulate(np.where(finished, values, np.nan))
     axes.plot(numbers[finished], values[finished], "o", markersize=4, label="finished")
     axes.plot(numbers[~finished], values[~finished], "x", markersize=4, label="stopped early")
     axes.step(numbers, best, where="post", label="best so far")

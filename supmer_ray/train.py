@@ -75,19 +75,18 @@ def train(
         overwrite: replace what `out` holds.
 
     Raises:
-        UserError: unusable input, too few free CPUs, or another run in `out`; nothing was written.
+        UserError: unusable input, too few CPUs, or another run in `out`; nothing was written.
         Stopped: SIGTERM or SIGINT came; what was learned until then is kept for `resume`.
     """
     place, store = Place(str(out)), store.resolve()
     require_domains(Store.open(store), config.tasks.types)
-    require_new_place(place, overwrite=overwrite, resume=resume)
+    require_new_place(place, overwrite=overwrite, resume=resume, marker=CONFIG_FILE)
     require_loggers(config.monitoring.loggers, place)
     if resume:
         _require_same_run(place, config, store)
     with nullcontext() if place.remote else held(place.local, "a run"):
         resources = connect()
         require_room(resources, config.workers)
-        gpu = resources.gpus >= config.workers.count if config.workers.gpu is None else config.workers.gpu
         if overwrite:
             place.parent.delete(place.name)
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
@@ -96,7 +95,7 @@ def train(
         for left in (REFUSAL_FILE, STOP_FILE):
             place.delete(left)
         _forget_damaged_notes(place)
-        _fit(RunPlan(config, store, place), gpu=gpu, progress=progress)
+        _fit(RunPlan(config, store, place), gpu=resources.has_gpus_for(config.workers), progress=progress)
         return _conclude(place)
 
 
@@ -276,7 +275,11 @@ class _Follow:
         complete, newline, _ = new.rpartition(b"\n")
         self._read += len(complete) + len(newline)
         for line in complete.splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                self._read = 0  # a restarted worker has rewritten the file, and it is longer again already
+                return
             self.step = row["step"]
             if self._progress:
                 self._progress(row)

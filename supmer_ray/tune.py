@@ -105,15 +105,14 @@ def tune(
     out, store = out.resolve(), store.resolve()
     objective = _objective(config.objective)
     types = _validation_types(config, Store.open(store))
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=SWEEP_FILE)
     settings = {"store": str(store), "sweep": config.model_dump(mode="json", by_alias=True)}
     if resume:
         _require_same_sweep(out, settings)
     with held(out, "a sweep"):
         resources = connect()
-        workers = config.base.workers
-        gpu = resources.gpus >= workers.count if workers.gpu is None else workers.gpu
-        at_a_time = concurrency(config, resources, node_cpus(), gpu=gpu)
+        gpu = resources.has_gpus_for(config.base.workers)
+        at_a_time = concurrency(config, resources, gpu=gpu)
         if overwrite:
             Place(str(out.parent)).delete(out.name)
         out.mkdir(parents=True, exist_ok=True)
@@ -178,41 +177,41 @@ def _most_inner_steps(config: SweepConfig) -> int:
     return max(dimension.ends) if dimension else config.base.meta.inner_steps
 
 
-def node_cpus() -> list[float]:
-    """The CPUs of each node of the cluster that this process is connected to."""
-    import ray
-
-    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-
-
-def concurrency(config: SweepConfig, resources: Resources, nodes: Sequence[float], *, gpu: bool = False) -> int:
-    """How many trials run at a time.
+def concurrency(config: SweepConfig, resources: Resources, *, gpu: bool = False) -> int:
+    """How many trials run at a time; a trial of one worker lies on one node.
 
     Args:
-        nodes: the CPUs of each node; a trial of one worker lies on one node.
         gpu: each worker takes a GPU.
 
     Raises:
-        UserError: not even one trial fits, or fewer than the sweep asks for.
+        UserError: not even one trial fits, fewer than the sweep asks for, or a population not as a whole.
     """
     workers = config.base.workers
     require_room(resources, workers)
     each = workers.cpus + workers.builders * BUILDER_CPUS
     if workers.count == 1:
-        fitting = sum(int(cpus / each + 1e-9) for cpus in nodes)
+        fitting = sum(int(cpus / each + 1e-9) for cpus in resources.node_cpus)
     else:
         fitting = int(resources.cpus / (workers.count * each + DRIVER_CPUS) + 1e-9)
     if gpu:
         fitting = min(fitting, int(resources.gpus // workers.count))
     if not fitting:
+        nodes = ", ".join(f"{cpus:g}" for cpus in resources.node_cpus)
         raise UserError(
             f"A trial needs {workers.count * each:g} CPUs for its workers and builders, but the cluster's nodes have "
-            f"{', '.join(f'{cpus:g}' for cpus in nodes)}; lower base.workers.cpus or base.workers.builders."
+            f"{nodes}; lower base.workers.cpus or base.workers.builders."
         )
     if config.concurrency and config.concurrency > fitting:
         raise UserError(
             f"concurrency is {config.concurrency} but {fitting} of these trials fit the cluster at a time; "
             f"write concurrency: {fitting}, or leave it out."
+        )
+    # A population has to be there as a whole, or there is nobody to exchange with. Trials of one worker that do not fit
+    # take turns; those of several hold what they have until they end.
+    if config.search == "pbt" and workers.count > 1 and fitting < config.samples:
+        raise UserError(
+            f"Population-based training needs its {config.samples} trials at a time, but {fitting} of "
+            f"{workers.count} workers fit the cluster; write samples: {fitting}, or base.workers.count: 1."
         )
     return config.concurrency or fitting
 
@@ -252,14 +251,14 @@ class Objective:
 
         assert self.definition
         config, prompt = self.config, learner.state.prompt.detach().float().cpu()
-        settings = AdaptConfig(shots=config.shots, steps=config.steps)
         if not self._splits:
-            self._splits.extend(_dev_splits(learner.backbone, self.definition, settings, config.seeds, len(prompt)))
+            self._splits.extend(_dev_splits(learner.backbone, self.definition, config.adapt, config.seeds, len(prompt)))
         runs = [
             AdaptRun(self.definition.name, train, dev, ids, seed, prompt, learner.state.regularizer)
             for seed, (train, dev, ids) in enumerate(self._splits)
         ]
-        results = adapt(learner.backbone, runs, settings, token_budget=learner.config.workers.tokens_per_micro_batch)
+        budget = learner.config.workers.tokens_per_micro_batch
+        results = adapt(learner.backbone, runs, config.adapt, token_budget=budget)
         return float(np.mean([result.best.accuracy for result in results]))
 
 
@@ -285,7 +284,7 @@ def _objective(config: ObjectiveConfig) -> Objective:
     from supmer_ray.fewshot.sampling import draw
 
     definition = load_definition(config.task)
-    draw(definition, definition.read(), config.shots, 0)
+    draw(definition, definition.read(), config.adapt.shots, 0)
     return Objective(config, definition)
 
 
@@ -465,10 +464,8 @@ def _searcher(config: SweepConfig, at_a_time: int) -> Any:
         return OptunaSearch(seed=config.seed)
     from ray.tune.search import BasicVariantGenerator
 
-    # A population has to be there as a whole, or there is nobody to exchange with: where fewer fit the cluster, its
-    # trials take turns, and what a trial of one worker reserves bounds how many run.
-    whole = config.search == "pbt" and config.base.workers.count == 1 and config.concurrency is None
-    return BasicVariantGenerator(random_state=config.seed, max_concurrent=0 if whole else at_a_time)
+    # Of a population, what a trial reserves bounds how many run at a time; it has to be there as a whole.
+    return BasicVariantGenerator(random_state=config.seed, max_concurrent=0 if config.search == "pbt" else at_a_time)
 
 
 def _scheduler(config: SweepConfig) -> Any:
@@ -529,7 +526,10 @@ class _Watch:
         self._ended[last.trial_id] = time.monotonic()
         if self._progress:
             ended = [trial for trial in trials if trial is last or trial.is_finished()]
-            values = [trial.last_result["objective"] for trial in ended if "objective" in (trial.last_result or {})]
+            # One that was stopped early cannot be the best: best.yaml is of those that came to their end.
+            results = [trial.last_result or {} for trial in ended]
+            whole = [found for found in results if found.get("step", 0) >= self._config.base.meta.steps]
+            values = [found["objective"] for found in whole]
             best = min if self._config.objective.mode == "min" else max
             self._progress(len(ended), self._config.samples, best(values, default=None))
 

@@ -15,6 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 
 from supmer_ray.benchmark.workload import Lengths, random_backbone, task_batch
+from supmer_ray.errors import UserError
 from supmer_ray.meta.loop import reduce_sums
 from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.regularizer import Regularizer
@@ -23,6 +24,8 @@ from supmer_ray.tasks.batch import TaskBatch
 
 def measure_scaling(size: str, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Seconds of a step with one and with two workers that share the machine, and bytes all-reduced."""
+    if options.tasks % 2:
+        raise UserError(f"--scaling shares {options.tasks} tasks between two workers; write --tasks {options.tasks + 1}.")
     cores = torch.get_num_threads()
     if options.device.startswith("cuda") and torch.cuda.device_count() < 2:
         say(f"{size}: one GPU here, so two workers are measured on its CPU")
@@ -73,6 +76,8 @@ def _worker(
             torch.cuda.synchronize()
         computed = time.perf_counter()
         reduce_sums(found, 0.0, False)
+        if gpus:
+            torch.cuda.synchronize()
         if round_:
             seconds.append(time.perf_counter() - started)
             reduces.append(time.perf_counter() - computed)

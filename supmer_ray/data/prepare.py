@@ -90,9 +90,7 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
         UserError: something to be mended in the configuration or the text. Nothing is left at `out` then.
     """
     out = Path(out).absolute()
-    require_new_folder(out, overwrite=overwrite)
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise UserError(f"The folder {out} holds something else than a store; name another to write into.")
+    require_new_folder(out, overwrite=overwrite, marker=MANIFEST)
     tell = progress or (lambda stage, done, total, unit: None)
     sources = [open_source(name) for name in config.sources]
     _embedding_workers(config.embedders)
@@ -232,8 +230,8 @@ def _read(batch: Any, pieces: Sequence[Piece], limit: int | None) -> Iterator[An
     """
     schema = pa.schema([("text", pa.string()), ("problem", pa.string())])
     for number in batch["piece"]:
-        texts = islice((text for text in pieces[number].texts() if text.strip()), limit)
         try:
+            texts = islice((text for text in pieces[number].texts() if text.strip()), limit)
             while chunk := list(islice(texts, 64)):
                 yield pa.table({"text": chunk, "problem": [None] * len(chunk)}, schema)
         except UserError as error:

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from textwrap import shorten
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -33,7 +32,7 @@ import pyarrow.parquet
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from supmer_ray.data.catalog import CATALOG_SOURCES, unlabelled
-from supmer_ray.errors import UserError, nearest
+from supmer_ray.errors import UserError, first_line, nearest
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 TEXT_FILES_A_PIECE = 256
@@ -115,11 +114,11 @@ def _filesystem(place: str) -> tuple[FileSystem, str]:
     try:
         return FileSystem.from_uri(place)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise UserError(f"Cannot reach '{place}' ({_first_line(error)}); check the address.") from None
+        raise UserError(f"Cannot reach '{place}' ({first_line(error)}); check the address.") from None
 
 
 def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]:
-    """The files under a folder or matching a glob, by path; hidden ones and other formats left out."""
+    """The files under a folder or matching a glob, by path; hidden files and folders, and other formats, left out."""
     if info.type == FileType.Directory:
         root, pattern = path, None
     elif "*" in path:
@@ -133,7 +132,7 @@ def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]
             for file in found
             if file.type == FileType.File
             and _format(file) in FORMATS
-            and not file.base_name.startswith((".", "_"))
+            and not any(part.startswith((".", "_")) for part in PurePosixPath(file.path[len(root) :]).parts)
             and (pattern is None or PurePosixPath(file.path).match(pattern))
         ),
         key=lambda file: file.path,
@@ -149,7 +148,7 @@ def _file_piece(filesystem: FileSystem, file: FileInfo, column: str) -> Iterator
     if kind == ".txt":
         yield Blocks(filesystem, path)
     elif kind == ".parquet":
-        with filesystem.open_input_file(path) as stream:
+        with _readable(path), filesystem.open_input_file(path) as stream:
             groups = pyarrow.parquet.ParquetFile(stream).num_row_groups
         for group in range(groups):
             yield ParquetRows(filesystem, path, column, group)
@@ -175,15 +174,18 @@ def _dataset_folder(filesystem: FileSystem, path: str) -> str | None:
         return path
     if filesystem.get_file_info(f"{path}/dataset_dict.json").type != FileType.File:
         return None
-    splits = _read_json(filesystem, f"{path}/dataset_dict.json")["splits"]
+    with _readable(path):
+        splits = list(_read_json(filesystem, f"{path}/dataset_dict.json")["splits"])
     if "train" not in splits:
         raise UserError(f"The data set {path} has no split 'train'; name one of its folders: {', '.join(splits)}.")
     return f"{path}/train"
 
 
 def _dataset_pieces(filesystem: FileSystem, folder: str, column: str) -> Iterator[Piece]:
-    for file in _read_json(filesystem, f"{folder}/state.json")["_data_files"]:
-        yield ArrowRows(filesystem, f"{folder}/{file['filename']}", column)
+    with _readable(folder):
+        names = [file["filename"] for file in _read_json(filesystem, f"{folder}/state.json")["_data_files"]]
+    for name in names:
+        yield ArrowRows(filesystem, f"{folder}/{name}", column)
 
 
 def _read_json(filesystem: FileSystem, path: str) -> Any:
@@ -300,7 +302,7 @@ class CsvRows:
     column: str
 
     def texts(self) -> Iterator[str]:
-        as_strings = pa.csv.ConvertOptions(column_types={self.column: pa.string()}, strings_can_be_null=False)
+        as_strings = pa.csv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=False)
         multi_line = pa.csv.ParseOptions(newlines_in_values=True)
         with _readable(self.path), self.filesystem.open_input_stream(self.path) as stream:
             reader = pa.csv.open_csv(stream, convert_options=as_strings, parse_options=multi_line)
@@ -345,9 +347,9 @@ class HubRows:
                     raise UserError(_no_column(self.column, f"hub:{self.dataset}", row))
                 if isinstance(row[self.column], str):
                     yield row[self.column]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"Cannot read 'hub:{self.dataset}' ({_first_line(error)}); check the name, and whether the hub is "
+                f"Cannot read 'hub:{self.dataset}' ({first_line(error)}); check the name, and whether the hub is "
                 "reachable from here."
             ) from None
 
@@ -369,7 +371,8 @@ def _json_text(row: Any, column: str, where: Any) -> Iterator[str]:
     if column not in row:
         raise UserError(_no_column(column, where(), row))
     if isinstance(row[column], str):
-        yield row[column]
+        # JSON may hold half of a surrogate pair, which no text does.
+        yield row[column].encode("utf-8", "replace").decode()
     elif row[column] is not None:
         raise UserError(f"{where()} has a {type(row[column]).__name__} as '{column}'; write a text.")
 
@@ -401,11 +404,7 @@ def _readable(path: str) -> Iterator[None]:
     """Turns what pyarrow, json and the filesystems raise for unreadable data into a sentence."""
     try:
         yield
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(
-            f"Cannot read {path} ({_first_line(error)}); check that it can be reached and is whole."
+            f"Cannot read {path} ({first_line(error)}); check that it can be reached and is whole."
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" …").rstrip(".")

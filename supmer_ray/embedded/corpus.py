@@ -427,8 +427,6 @@ class TaskStore:
         families = {}
         for name in ("nsp", "nss", "ss"):
             rows = item_rows(name, self.corpus.bounds, 0, len(self))
-            if name == "nsp":
-                rows = rows[np.diff(self.corpus.bounds)[self.corpus.document[rows]] >= 3]
             embeddings = self.embeddings[rows]
             if name != "ss":
                 embeddings = (embeddings + self.embeddings[rows + 1]) / 2

@@ -409,7 +409,8 @@ def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
         coming = beside.submit(run.block, done.block)
         while done.block < config.blocks:
             batches = coming.result()
-            coming = beside.submit(run.block, done.block + 1)
+            if done.block + 1 < config.blocks:
+                coming = beside.submit(run.block, done.block + 1)
             loss = run.train_block(batches)
             done.seconds += time.perf_counter() - clock
             clock = time.perf_counter()

@@ -26,12 +26,12 @@ from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
 from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
 from supmer_ray.files import whole_folder
-from supmer_ray.model.backbone import Backbone, load_backbone
+from supmer_ray.model.backbone import Backbone, best_device, load_backbone
 
 PREDICTED, PROBABILITY = "predicted_label", "probability"
 """The columns that `predict` adds."""
 
-_PROMPT, _RECORD = "prompt.safetensors", "adapted.json"
+_PROMPT, RECORD = "prompt.safetensors", "adapted.json"
 
 
 class AdaptedRecord(BaseModel):
@@ -76,12 +76,12 @@ def save_adapted(adapted: Adapted, folder: Path, *, overwrite: bool = False) -> 
     Raises:
         UserError: it holds something already and `overwrite` is false.
     """
-    require_new_folder(folder, overwrite=overwrite)
+    require_new_folder(folder, overwrite=overwrite, marker=RECORD)
     prompt = safetensors.torch.save({"prompt": adapted.prompt.float().contiguous().cpu()})
     record = adapted.record.model_copy(update={"prompt_sha256": hashlib.sha256(prompt).hexdigest()})
     with whole_folder(folder) as partial:
         (partial / _PROMPT).write_bytes(prompt)
-        (partial / _RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (partial / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapted(folder: Path) -> Adapted:
@@ -90,14 +90,14 @@ def load_adapted(folder: Path) -> Adapted:
     Raises:
         UserError: it is no adapted folder, or a file is missing or damaged.
     """
-    if not (folder / _RECORD).is_file():
-        raise UserError(f"{folder} holds no {_RECORD}; name the folder that adapting a task wrote.")
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} holds no {RECORD}; name the folder that adapting a task wrote.")
     try:
-        values = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        record = build(AdaptedRecord, values, str(folder / _RECORD))
+        values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = build(AdaptedRecord, values, str(folder / RECORD))
         prompt = (folder / _PROMPT).read_bytes()
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
-        raise UserError(f"{folder / _RECORD} is damaged; adapt the task again.") from None
+        raise UserError(f"{folder / RECORD} is damaged; adapt the task again.") from None
     except FileNotFoundError:
         raise UserError(f"{folder} lacks {_PROMPT}; adapt the task again.") from None
     if hashlib.sha256(prompt).hexdigest() != record.prompt_sha256:
@@ -152,7 +152,7 @@ def predict(
     for column in (PREDICTED, PROBABILITY):
         if column in frame.columns:
             raise UserError(f"{input_file} already has a column '{column}'; rename it, the prediction goes there.")
-    backbone = backbone or load_backbone(record.backbone)
+    backbone = backbone or load_backbone(record.backbone, device=best_device())
     require_backbone(adapted, backbone)
     limit = input_limit(backbone, len(adapted.prompt), record.config.max_length)
     encoder = TaskEncoder(backbone, record.definition, max_length=limit, pattern=record.pattern)

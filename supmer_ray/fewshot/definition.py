@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from supmer_ray.errors import UserError, nearest
+from supmer_ray.errors import UserError, first_line, nearest
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.tables import read_headerless, read_table, read_tsv, require_columns
 
@@ -288,10 +288,9 @@ def _read_dataset(source: DatasetSplits, label: str) -> dict[str, tuple[pd.DataF
         else:
             splits = datasets.load_dataset(source.name, source.config)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"Cannot read the data set '{source.name}' ({reason}); check its name and config and that the hub can be "
-            "reached, or give the rows as files."
+            f"Cannot read the data set '{source.name}' ({first_line(error)}); check its name and config and that the "
+            "hub can be reached, or give the rows as files."
         ) from None
     frames = {}
     for split, name in (("train", source.splits.train), ("test", source.splits.test)):

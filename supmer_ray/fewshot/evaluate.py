@@ -28,7 +28,7 @@ from supmer_ray.fewshot.adapt import (
     score,
     vocabulary_prompt,
 )
-from supmer_ray.fewshot.adapted import Adapted, AdaptedRecord, save_adapted
+from supmer_ray.fewshot.adapted import RECORD, Adapted, AdaptedRecord, save_adapted
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.encoding import Split, TaskEncoder, input_limit
 from supmer_ray.fewshot.finetune import finetune
@@ -280,7 +280,7 @@ def adapt_task(
     progress: Progress | None = None,
 ) -> AdaptResult:
     """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`."""
-    require_new_folder(out, overwrite=overwrite)
+    require_new_folder(out, overwrite=overwrite, marker=RECORD)
     rows = len(checkpoint.prompt) if checkpoint else prompt_length
     encoder = _encoder(backbone, definition, input_limit(backbone, rows, config.max_length), 0)
     drawn = draw(definition, definition.read(), config.shots, seed, config.max_test)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from supmer_ray.config import AdaptConfig, RunConfig, Section, assign, build
+from supmer_ray.errors import UserError
 from supmer_ray.fewshot import builtin
 
 
@@ -66,7 +67,10 @@ def changed(section: Section, changes: Mapping[str, Any], where: str) -> Section
     """
     values: dict[str, Any] = section.model_dump()
     for key, value in changes.items():
-        values = assign(values, key, value)
+        try:
+            values = assign(values, key, value)
+        except KeyError as error:
+            raise UserError(f"{where}: '{key}' goes below '{error.args[0]}', which is no section.") from None
     return build(type(section), values, where)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pyarrow
 
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
 from supmer_ray.files import whole_file
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -50,7 +50,7 @@ def read_table(file: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise UserError(f"There is no file {file}; check the path.") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"Cannot read {file} as {ending[1:]} ({reason}); mend the file or its ending.") from None
     if frame.empty:
         raise UserError(f"{file} holds no rows; give a file with at least one.")

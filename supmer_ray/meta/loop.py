@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from supmer_ray.cluster import this_node_cpus
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
@@ -53,13 +54,15 @@ STOP_LOOK_SECONDS = 0.5
 
 def reduce_sums(
     found: MetaGradients, mixing_sum: float, stop: bool = False
-) -> tuple[MetaGradients, dict[str, float], bool]:
+) -> tuple[MetaGradients, dict[str, Tensor], Tensor]:
     """Mean gradients and mean per-task metrics over the tasks of all workers, by one all-reduce.
+
+    Everything stays on the device, and the host does not wait for it.
 
     Args:
         found: this worker's sums.
         mixing_sum: Σ over this worker's tasks of their λ.
-        stop: this worker was told to stop; the third result says whether any was, alike on all of them.
+        stop: this worker was told to stop; the third result is above 0 if any was, alike on all of them.
     """
     names = sorted(found.tasks)
     parts = [found.prompt, *found.regularizer, found.inner_rates]
@@ -74,9 +77,9 @@ def reduce_sums(
     for part in parts:
         means.append(flat[start : start + part.numel()].view(part.shape))
         start += part.numel()
-    *values, asked = flat[start:].tolist()
+    *values, asked = flat[start:].unbind()
     metrics = dict(zip([*names, "mixing"], values, strict=True))
-    return replace(found, prompt=means[0], regularizer=means[1:-1], inner_rates=means[-1]), metrics, asked > 0
+    return replace(found, prompt=means[0], regularizer=means[1:-1], inner_rates=means[-1]), metrics, asked
 
 
 @dataclass
@@ -102,6 +105,8 @@ class Learner:
     def train_step(self, batch: TaskBatch, *, stop: bool = False) -> dict[str, Any]:
         """One meta-step with this worker's share of the tasks; returns the step's metrics.
 
+        Norms and rates among them are those that the step began with.
+
         A step with a gradient that is not finite is left out on all workers alike, and counted. `stop`
         says that this worker was asked to end the run; afterwards all workers have `stopping` set alike.
 
@@ -116,14 +121,17 @@ class Learner:
         )
         rates = self.state.inner_rates()
         found = self.step(self.state.prompt, rates, batch, lambdas[batch.query.task])
-        reducing = time.perf_counter()
-        mean, metrics, self.stopping = reduce_sums(found, float(lambdas.sum()), stop)
-        reduced = time.perf_counter() - reducing
-        seconds = {**found.seconds(), "reduce": reduced}
-        gradients = (mean.prompt, *mean.regularizer, mean.inner_rates)
-        finite = bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).all())
-        if finite:
-            metrics |= self.state.apply(mean)
+        mean, figures, asked = reduce_sums(found, float(lambdas.sum()), stop)
+        found.marks.append(self.step.mark())
+        norms = self.state.gradient_norms(mean)
+        figures |= {f"{name}_gradient_norm": norm for name, norm in norms.items()}
+        figures["prompt_norm"] = self.state.prompt.detach().norm(dim=1).mean()
+        figures["inner_rate"] = rates.sum() / max(1, len(rates))
+        # The only place where the host waits for the device.
+        values = torch.stack([asked, *(figure.to(asked) for figure in figures.values())]).tolist()
+        self.stopping, metrics = values[0] > 0, dict(zip(figures, values[1:], strict=True))
+        if all(math.isfinite(metrics[f"{name}_gradient_norm"]) for name in norms):
+            self.state.apply(mean, norms)
             progress.similarity = running_similarity(
                 progress.similarity, metrics["similarity"], config.meta.curriculum.ema
             )
@@ -141,10 +149,8 @@ class Learner:
             "task_type": batch.names[0],
             **metrics,
             "running_similarity": progress.similarity,
-            "inner_rate": float(rates.mean()) if len(rates) else 0.0,
-            "prompt_norm": float(self.state.prompt.detach().norm(dim=1).mean()),
             "skipped": progress.skipped,
-            **{f"{phase}_seconds": value for phase, value in seconds.items()},
+            **{f"{phase}_seconds": value for phase, value in found.seconds().items()},
         }
 
     def validate(self, builder: TaskBuilder, types: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -204,6 +210,52 @@ class MetricsLog:
             return
         with (self.out.local / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(line)
+
+
+class Record:
+    """Where the rows of a run go, from rank 0: its metrics file, the dashboard's series and the loggers.
+
+    Args:
+        step: the one that the run goes on from.
+        workers: how many share its tasks.
+    """
+
+    def __init__(self, config: RunConfig, out: Place, step: int, workers: int) -> None:
+        from supmer_ray.monitoring.loggers import open_loggers
+        from supmer_ray.monitoring.series import RunSeries
+
+        self._log = MetricsLog(out, step)
+        self._loggers = open_loggers(config, out, step)
+        self._series = RunSeries(out.name, config.tasks.tasks_per_step, workers)
+
+    def write(self, row: dict[str, Any]) -> None:
+        from supmer_ray.monitoring.loggers import figures
+
+        self._log.write(row)
+        self._series.row(row)
+        if found := dict(figures(row)):
+            for logger in self._loggers:
+                logger.log(row["step"], found)
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    def close(self) -> None:
+        """Write what is still held back, however the run ended."""
+        self._log.flush()
+        self._series.close()
+        for logger in self._loggers:
+            logger.close()
+
+
+class NoRecord:
+    """That of the other workers."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Host(Protocol):
@@ -280,8 +332,8 @@ class RunPlan:
 def worker_loop(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker.
 
-    What every worker finds wrong alike (settings that do not fit the backbone, gradients that are not
-    finite) ends the run with a sentence for the driver, instead of restarts that would find it again.
+    What a restart would find again (settings that do not fit the backbone, a store that is not seen from here,
+    gradients that are not finite) ends the run with a sentence for the driver.
 
     Args:
         settings: `plan`, the `RunPlan`.
@@ -291,8 +343,36 @@ def worker_loop(settings: dict[str, Any]) -> None:
         _note_group(plan.out)
     try:
         meta_train(plan, TrainHost(plan.out))
+    except RefusedElsewhere:
+        return
     except (UserError, FloatingPointError) as error:
         plan.out.write(REFUSAL_FILE, str(error))
+
+
+class RefusedElsewhere(Exception):
+    """Another worker of the run cannot begin, and leaves the sentence that says why."""
+
+
+@contextmanager
+def begun_together(device: torch.device) -> Iterator[None]:
+    """What a worker does before the first collective call; a refusal of one ends all, who would wait for it else.
+
+    Raises:
+        UserError: this worker's.
+        RefusedElsewhere: another's.
+    """
+    refused: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        refused = error
+    anyone = torch.tensor(float(refused is not None), device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(anyone)
+    if refused:
+        raise refused
+    if anyone:
+        raise RefusedElsewhere
 
 
 def _note_group(out: Place) -> None:
@@ -309,101 +389,82 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         UserError: settings, store and backbone do not fit each other.
         FloatingPointError: too many steps in a row whose gradient is not finite.
     """
-    from supmer_ray.monitoring.loggers import figures, open_loggers
-    from supmer_ray.monitoring.series import RunSeries
     from supmer_ray.tasks.stream import ShardSource, ahead, stream_shards
 
     config, rank = plan.config, host.rank
     reached = {"worker": time.time()}
-    store = Store.open(plan.store)
-    if host.device.type == "cpu":
-        # Builders are idle most of the time, so a CPU worker may use its whole share of the node.
-        share = (os.cpu_count() or 1) // host.local_workers
-        torch.set_num_threads(max(1, int(config.workers.cpus), share))
-    dtype = getattr(torch, config.workers.precision) if config.workers.precision else None
-    backbone = load_backbone(store.manifest.backbone.name, device=host.device, dtype=dtype)
-    reached["backbone"] = time.time()
-    require_same_backbone(store, backbone)
-    if config.workers.checkpoint_activations:
-        backbone.checkpoint_activations()
-    formats = make_formats(config, backbone)
+    with begun_together(host.device):
+        store = Store.open(plan.store)
+        if host.device.type == "cpu":
+            # Builders are idle most of the time, so a CPU worker may use its whole share of the node.
+            share = int(this_node_cpus()) // host.local_workers
+            torch.set_num_threads(max(1, int(config.workers.cpus), share))
+        dtype = getattr(torch, config.workers.precision) if config.workers.precision else None
+        backbone = load_backbone(store.manifest.backbone.name, device=host.device, dtype=dtype)
+        reached["backbone"] = time.time()
+        require_same_backbone(store, backbone)
+        if config.workers.checkpoint_activations:
+            backbone.checkpoint_activations()
+        formats = make_formats(config, backbone)
 
-    state, damaged = restore(host.snapshots(), config, backbone)
-    schedule, last = config.schedule, config.meta.steps
-    source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
-    # The builders start while this worker validates.
-    shards = ahead(stream_shards(source, range(state.progress.step, last), builders=config.workers.builders))
-    learner = Learner(config, backbone, state, rank, host.workers)
-    builder = TaskBuilder(store, formats, config.tasks, config.seed)
-    log = MetricsLog(plan.out, state.progress.step) if rank == 0 else None
-    series = RunSeries(plan.out.name, config.tasks.tasks_per_step, host.workers) if rank == 0 else None
-    loggers = open_loggers(config, plan.out) if rank == 0 else []
+        state, damaged = restore(host.snapshots(), config, backbone)
+        schedule, last = config.schedule, config.meta.steps
+        source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
+        # The builders start while this worker validates.
+        shards = ahead(stream_shards(source, range(state.progress.step, last), builders=config.workers.builders))
+        learner = Learner(config, backbone, state, rank, host.workers)
+        builder = TaskBuilder(store, formats, config.tasks, config.seed)
     identity = checkpoint_identity(store)
+    types = plan.validation_types or config.tasks.types
+    with closing(Record(config, plan.out, state.progress.step, host.workers) if rank == 0 else NoRecord()) as record:
 
-    def write(row: dict[str, Any]) -> None:
-        if log:
-            log.write(row)
-        if series:
-            series.row(row)
-        found = dict(figures(row))
-        for logger in loggers if found else ():
-            logger.log(row["step"], found)
+        def validate() -> dict[str, dict[str, float]]:
+            found = learner.validate(builder, types)
+            record.write({"kind": "validation", "step": state.progress.step, "validation": found})
+            return found
 
-    def validate() -> dict[str, dict[str, float]]:
-        found = learner.validate(builder, plan.validation_types or config.tasks.types)
-        write({"kind": "validation", "step": state.progress.step, "validation": found})
-        return found
+        def report(metrics: dict[str, Any]) -> None:
+            record.flush()
+            host.report(metrics, lambda folder: state.save(folder, identity))
 
-    def report(metrics: dict[str, Any]) -> None:
-        if log:
-            log.flush()
-        host.report(metrics, lambda folder: state.save(folder, identity))
-
-    for sentence in damaged:
-        text = f"{sentence} The run goes on from step {state.progress.step} instead."
-        write({"kind": "notice", "step": state.progress.step, "text": text})
-    if state.progress.step == 0:
-        validate()
-    if plan.objective and state.progress.step == last:
-        # The sweep was killed after this trial's last snapshot and before it noted what the trial had found.
-        found = learner.validate(builder, plan.validation_types or config.tasks.types)
-        report({"step": last, **plan.objective(learner, found)})
-    reached["validated"] = time.time()
-    asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and plan.out.read(STOP_FILE) is not None)
-    for batch, waited in _timed(shards):
-        started = time.perf_counter()
-        metrics = learner.train_step(batch, stop=asked())
-        seconds = time.perf_counter() - started
-        done = state.progress.step
-        row = {
-            "kind": "step",
-            "step": done,
-            **metrics,
-            "step_seconds": seconds,
-            "data_wait_seconds": waited,
-            "tokens": int(batch.support.offsets[-1] + batch.query.offsets[-1] + batch.partner.offsets[-1]),
-        }
-        if reached:
-            write({"kind": "start", "step": done, "reached": {**reached, "step": time.time()}})
-            reached = {}
-        write(row)
-        validated = done % schedule.validate_every == 0 or done == last
-        found = validate() if validated else {}
-        if plan.objective:
-            if validated:
-                report({"step": done, **plan.objective(learner, found)})
-        elif done % schedule.checkpoint_every == 0 or done == last or learner.stopping:
-            report({name: value for name, value in row.items() if name != "kind"})
-        if learner.stopping:
-            text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."
-            write({"kind": "notice", "step": done, "text": text})
-            break
-    for logger in loggers:
-        logger.close()
-    if series:
-        series.close()
-    if log:
-        log.flush()
+        for sentence in damaged:
+            text = f"{sentence} The run goes on from step {state.progress.step} instead."
+            record.write({"kind": "notice", "step": state.progress.step, "text": text})
+        if state.progress.step == 0:
+            validate()
+        if plan.objective and state.progress.step == last:
+            # The sweep was killed after this trial's last snapshot and before it noted what the trial had found.
+            report({"step": last, **plan.objective(learner, learner.validate(builder, types))})
+        reached["validated"] = time.time()
+        asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and plan.out.read(STOP_FILE) is not None)
+        for batch, waited in _timed(shards):
+            started = time.perf_counter()
+            metrics = learner.train_step(batch, stop=asked())
+            seconds = time.perf_counter() - started
+            done = state.progress.step
+            row = {
+                "kind": "step",
+                "step": done,
+                **metrics,
+                "step_seconds": seconds,
+                "data_wait_seconds": waited,
+                "tokens": int(batch.support.offsets[-1] + batch.query.offsets[-1] + batch.partner.offsets[-1]),
+            }
+            if reached:
+                record.write({"kind": "start", "step": done, "reached": {**reached, "step": time.time()}})
+                reached = {}
+            record.write(row)
+            validated = done % schedule.validate_every == 0 or done == last
+            found = validate() if validated else {}
+            if plan.objective:
+                if validated:
+                    report({"step": done, **plan.objective(learner, found)})
+            elif done % schedule.checkpoint_every == 0 or done == last or learner.stopping:
+                report({name: value for name, value in row.items() if name != "kind"})
+            if learner.stopping:
+                text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."
+                record.write({"kind": "notice", "step": done, "text": text})
+                break
 
 
 def snapshots_in(run: Place) -> list[Any]:

@@ -100,26 +100,35 @@ class MetaState:
             return torch.full_like(self.log_rates, rate)
         return self.log_rates.detach().exp()
 
-    def apply(self, mean: MetaGradients) -> dict[str, float]:
+    def gradient_norms(self, mean: MetaGradients) -> dict[str, Tensor]:
+        """The norm of each group's gradient before clipping, on the device: of θ, φ and the inner rates as learned."""
+        return {name: nn.utils.get_total_norm(own, foreach=True) for name, own in self._gradients(mean).items()}
+
+    def apply(self, mean: MetaGradients, norms: Mapping[str, Tensor]) -> None:
         """One outer update with gradients that are already averaged over all tasks of the step.
 
-        Returns:
-            The gradient norm of θ and of φ before clipping.
+        Args:
+            norms: what `gradient_norms` says of them.
         """
-        norms: dict[str, float] = {}
-        rates = mean.inner_rates * self.log_rates.detach().exp()
-        gradients = {"prompt": [mean.prompt], "regularizer": mean.regularizer, "inner_rates": [rates]}
-        names = ["prompt"] + ["regularizer"] * bool(mean.regularizer) + ["inner_rates"]
-        for group, base, name in zip(self.optimizer.param_groups, self._base_rates, names, strict=False):
-            for parameter, gradient in zip(group["params"], gradients[name], strict=True):
+        gradients = self._gradients(mean)
+        for group, base, (name, own) in zip(
+            self.optimizer.param_groups, self._base_rates, gradients.items(), strict=True
+        ):
+            for parameter, gradient in zip(group["params"], own, strict=True):
                 parameter.grad = gradient.to(parameter.dtype)
-            norms[f"{name}_gradient_norm"] = float(
-                nn.utils.clip_grad_norm_(group["params"], self.config.meta.clip, foreach=True)
-            )
+            nn.utils.clip_grads_with_norm_(group["params"], self.config.meta.clip, norms[name], foreach=True)
             group["lr"] = base * self.remaining
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norms
+
+    def _gradients(self, mean: MetaGradients) -> dict[str, list[Tensor]]:
+        """The gradients by the optimizer's groups, in their order."""
+        found = {"prompt": [mean.prompt]}
+        if mean.regularizer:
+            found["regularizer"] = mean.regularizer
+        if self.config.meta.learn_inner_rates:
+            found["inner_rates"] = [mean.inner_rates * self.log_rates.detach().exp()]
+        return found
 
     def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Write a checkpoint into an empty `folder`.

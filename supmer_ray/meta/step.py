@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from supmer_ray.tasks.batch import Examples, TaskBatch, collate, to_device
 MIXED_POSITIONS = 2
 """The decoder positions that carry the mixed target: the sentinel and the label word."""
 
+PHASES = ("support", "query", "reduce")
+"""What lies between a step's marks."""
+
 
 @dataclass(frozen=True)
 class MetaGradients:
@@ -41,7 +45,8 @@ class MetaGradients:
             gate_penalty (R), gradient_norm (‖g‖), update_norm (‖ψ‖), update_cosine (cos(g, ψ)).
         support_gradient, update: (T, P, d) g and ψ of the last inner step.
         task_embedding: (T, d) h of the last inner step.
-        marks: when the step began, had its adapted prompts, and ended; `seconds` reads them.
+        marks: when the step began, had its adapted prompts, and ended, and what the caller adds (`MetaStep.mark`);
+            `seconds` reads them.
     """
 
     prompt: Tensor
@@ -54,15 +59,18 @@ class MetaGradients:
     marks: list[Any] = field(default_factory=list, repr=False)
 
     def seconds(self) -> dict[str, float]:
-        """What the step took by phase: "support" (the inner steps) and "query" (the rest).
+        """What the step took by phase: "support" (the inner steps), "query" (the rest) and, where the caller has
+        marked its end, "reduce".
 
         On a GPU, ask only after the host has waited for it anyway.
         """
-        began, adapted, ended = self.marks
-        if isinstance(began, float):
-            return {"support": adapted - began, "query": ended - adapted}
-        ended.synchronize()
-        return {"support": began.elapsed_time(adapted) / 1e3, "query": adapted.elapsed_time(ended) / 1e3}
+        if not isinstance(self.marks[0], float):
+            self.marks[-1].synchronize()
+        return {name: _between(*ends) for name, ends in zip(PHASES, pairwise(self.marks), strict=False)}
+
+
+def _between(one: Any, other: Any) -> float:
+    return other - one if isinstance(one, float) else one.elapsed_time(other) / 1e3
 
 
 class MetaStep:
@@ -114,7 +122,7 @@ class MetaStep:
     def _meta_gradients(
         self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch, mixing: np.ndarray
     ) -> MetaGradients:
-        marks = [self._mark()]
+        marks = [self.mark()]
         theta = prompt.detach().requires_grad_()
         rates = inner_rates.detach().requires_grad_()
         support = self._micro_batches(batch.support, theta.shape[0])
@@ -127,7 +135,7 @@ class MetaStep:
             update, gate = self.regularizer(gradient, embedding)
             adapted = adapted - rate * update
 
-        marks.append(self._mark())
+        marks.append(self.mark())
         query_gradient, query_loss = self._query_gradient(adapted, batch, mixing)
         agreement = torch.cosine_similarity(query_gradient, update.detach(), dim=-1).mean(dim=-1)
         similarity = (1 + agreement) / 2
@@ -144,7 +152,7 @@ class MetaStep:
         )
         gradient, update = gradient.detach(), update.detach()
         cosine = torch.cosine_similarity(gradient.flatten(1), update.flatten(1), dim=1)
-        marks.append(self._mark())
+        marks.append(self.mark())
         return MetaGradients(
             prompt=prompt_gradient,
             regularizer=phi_gradients,
@@ -165,7 +173,7 @@ class MetaStep:
             marks=marks,
         )
 
-    def _mark(self) -> Any:
+    def mark(self) -> Any:
         """Now, in seconds; on a GPU a mark in its own stream of work, for which the host does not wait."""
         if self.backbone.device.type != "cuda":
             return time.perf_counter()

@@ -22,7 +22,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from supmer_ray.embedded import resolve
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
 from supmer_ray.model.bert import BertForward
 from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.packed import Layout, half_on_cpu
@@ -114,7 +114,8 @@ class Backbone:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().reshape(-1)
-            sample = flat[torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()]
+            spread = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()
+            sample = flat[spread.clamp_max(flat.numel() - 1)]  # float32 rounds the end of a large tensor up
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -184,6 +185,11 @@ class Backbone:
         return self.embedding.weight[ids.to(self.device)].detach().float().clone()
 
 
+def best_device() -> torch.device:
+    """This machine's GPU, or its CPU where it has none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_backbone(
     name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, threads: int | None = None
 ) -> Backbone:
@@ -209,9 +215,8 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, HTTPError) as error:
-        first_line = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"Cannot load the backbone '{name}' ({first_line}); name a folder with an encoder-decoder in "
+            f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
             "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."
         ) from None
     return Backbone(model.to(device), tokenizer, name)

@@ -46,14 +46,14 @@ def require_loggers(names: Sequence[str], out: Place) -> None:
             raise UserError(f"'{name}' of monitoring.loggers writes to a path, not to {out}; leave it out.")
 
 
-def open_loggers(config: RunConfig, out: Place) -> list[Logger]:
-    """The loggers that a run's configuration names."""
-    kinds: dict[str, Callable[[RunConfig, Path], Logger]] = {
+def open_loggers(config: RunConfig, out: Place, step: int = 0) -> list[Logger]:
+    """The loggers that a run's configuration names; the run goes on from `step`."""
+    kinds: dict[str, Callable[[RunConfig, Path, int], Logger]] = {
         "tensorboard": TensorBoardLogger,
         "mlflow": MlflowLogger,
         "wandb": WandbLogger,
     }
-    return [kinds[name](config, out.local) for name in config.monitoring.loggers]
+    return [kinds[name](config, out.local, step) for name in config.monitoring.loggers]
 
 
 def figures(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -68,12 +68,12 @@ def figures(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoardLogger:
-    """Event files in RUN/tensorboard."""
+    """Event files in RUN/tensorboard; what the lost steps of a killed worker had written no longer counts."""
 
-    def __init__(self, config: RunConfig, run: Path) -> None:
+    def __init__(self, config: RunConfig, run: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -86,7 +86,7 @@ class TensorBoardLogger:
 class MlflowLogger:
     """One MLflow run for each time the training was started, in RUN/mlflow.db."""
 
-    def __init__(self, config: RunConfig, run: Path) -> None:
+    def __init__(self, config: RunConfig, run: Path, step: int) -> None:
         from mlflow import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run / 'mlflow.db'}"
@@ -109,7 +109,7 @@ class MlflowLogger:
 class WandbLogger:
     """An offline run below RUN/wandb, for `wandb sync`; `WANDB_MODE=online` sends it at once."""
 
-    def __init__(self, config: RunConfig, run: Path) -> None:
+    def __init__(self, config: RunConfig, run: Path, step: int) -> None:
         import wandb
 
         os.environ.setdefault("WANDB_MODE", "offline")

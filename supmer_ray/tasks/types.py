@@ -66,9 +66,14 @@ def require_domains(store: Store, names: Iterable[str]) -> None:
     """Refuse task types for which `store` has too few domains, before a run begins.
 
     Raises:
-        UserError: a type lacks domains for a task and its partner, in training or in validation.
+        UserError: a type lacks domains for a task and its partner, in training or in validation, or documents.
     """
     for name in names:
+        if name in ("nsp", "nss") and store.manifest.documents < 2:
+            raise UserError(
+                f"Task type '{name}' takes sentences of other documents, and the store {store.path} has one document; "
+                f"prepare it from more, or take '{name}' out of tasks.mixture."
+            )
         need = 2 * DOMAINS_PER_TASK[name]
         for split in ("train", "validation"):
             usable = len(_usable(store, name, split))

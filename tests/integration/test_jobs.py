@@ -139,8 +139,8 @@ def test_the_kubernetes_manifest_runs_a_command_that_the_command_line_takes():
     (group,) = cluster["workerGroupSpecs"]
     pods = [cluster["headGroupSpec"]["template"], group["template"]]
     containers = [container for pod in pods for container in pod["spec"]["containers"]]
-    cpus = group["minReplicas"] * int(containers[1]["resources"]["requests"]["cpu"])
-    require_room(Resources(cpus, 0, group["minReplicas"]), config.workers)
+    each = float(containers[1]["resources"]["requests"]["cpu"])
+    require_room(Resources((each,) * group["minReplicas"]), config.workers)
     pinned = re.search(r"^ray==(\S+)$", (PROJECT / "constraints.txt").read_text(), re.MULTILINE).group(1)
     assert cluster["rayVersion"] == pinned
     assert {container["image"] for container in containers} == {f"rayproject/ray:{pinned}-py311"}

@@ -113,7 +113,8 @@ def test_dev_accuracy_of_a_few_shot_task(tiny_store, tmp_path):
         "verbalizers": {"bad": "bad", "good": "good"},
     }
     (tmp_path / "films.yaml").write_text(yaml.safe_dump(task))
-    config = sweep(samples=1, objective={"task": str(tmp_path / "films.yaml"), "shots": 4, "steps": 20}).objective
+    asked = {"task": str(tmp_path / "films.yaml"), "adapt": {"shots": 4, "steps": 20}}
+    config = sweep(samples=1, objective=asked).objective
     assert config.mode == "max"
     backbone = load_backbone(Store.open(tiny_store).manifest.backbone.name)
     run = load_run_config(None, ["prompt.length=3"])

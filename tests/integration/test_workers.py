@@ -34,7 +34,7 @@ def mean_gradients(store_path, step, rank, workers, token_budget):
     found = meta_step(state.prompt, state.inner_rates(), batch, mixing[batch.query.task])
     mean, metrics, _ = reduce_sums(found, float(mixing.sum()))
     phi = {f"phi.{number}": gradient.contiguous() for number, gradient in enumerate(mean.regularizer)}
-    return {"theta": mean.prompt, "rates": mean.inner_rates, **phi, "metrics": torch.tensor(list(metrics.values()))}
+    return {"theta": mean.prompt, "rates": mean.inner_rates, **phi, "metrics": torch.stack(list(metrics.values()))}
 
 
 def worker(rank, store_path, step, folder, port):

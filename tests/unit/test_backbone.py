@@ -43,6 +43,13 @@ def test_the_fingerprint_knows_the_weights_and_not_the_precision(folder, tmp_pat
     assert load_backbone(str(tmp_path)).fingerprint not in fingerprints
 
 
+def test_a_large_embedding_has_a_fingerprint(folder):
+    """Of T5-base's size: 24,674,303, its last place, is no float32."""
+    backbone = load_backbone(str(folder))
+    backbone.model.shared.weight = torch.nn.Parameter(torch.zeros(32128, 768))
+    assert len(backbone.fingerprint) == 64
+
+
 def test_each_example_stands_behind_its_own_prompt(folder):
     backbone = load_backbone(str(folder))
     prompts = torch.randn(2, 3, backbone.d_model, generator=torch.Generator().manual_seed(0))

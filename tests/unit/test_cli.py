@@ -59,6 +59,16 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     assert "--overwrite" in message and "--resume" in message
     assert "--overwrite" in refused("quickstart", "--out", tmp_path)
     assert "--overwrite" in refused("adapt", "--task", "bbc-topic", "--out", tmp_path)
+    # Not even --overwrite replaces what another command, or a person, has written.
+    for command in (
+        ("prepare", "--source", "bbc"),
+        ("train", "--store", tmp_path),
+        ("evaluate", "--tasks", "bbc-topic", "--methods", "zero-shot"),
+        ("adapt", "--task", "bbc-topic"),
+        ("report", tmp_path),
+    ):
+        message = refused(*command, "--out", tmp_path, "--overwrite")
+        assert "store" in message or "not overwritten; name another" in message
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
@@ -69,9 +79,16 @@ def test_an_evaluation_says_what_it_compares(tmp_path):
     assert "did you mean 'rate'" in refused("evaluate", "--out", out, "--suite", "open", "--set", "adapt.rat=0.1")
     message = refused("evaluate", "--out", out, "--suite", "open", "--checkpoint", "runs/first/checkpoint")
     assert "write METHOD=FOLDER" in message
-    shipped = ("--tasks", "bbc-topic", "--methods", "supmer", "--config", "embedded", "--checkpoint", "supmer=embedded")
+    shipped = ("--tasks", "bbc-topic", "--methods", "supmer", "--checkpoint", "supmer=embedded")
     message = refused("evaluate", "--out", out, *shipped, "--set", "run.prompt.length=5")
     assert "embedded/learned holds a prompt of 10 rows" in message
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("{name: zero shot, learns: nothing}")
+    message = refused("evaluate", "--out", out, "--tasks", "bbc-topic", "--methods", f"zero-shot,{twice}")
+    assert "Two methods of the comparison have the name 'zero-shot'" in message
+    twice.write_text("{name: deep, learns: prompt, meta: {prompt.length.x: 1}}")
+    message = refused("evaluate", "--out", out, "--tasks", "bbc-topic", "--methods", twice)
+    assert "'prompt.length.x' goes below 'length', which is no section" in message
     assert not out.exists()
 
 

@@ -47,7 +47,9 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
 
     remote = Place("s3://bucket/runs/first/?endpoint_override=localhost:1")
     assert remote.remote and remote.name == "first"
-    assert str(remote / "x") == "s3://bucket/runs/first/x?endpoint_override=localhost:1"
-    assert str(remote.parent) == "s3://bucket/runs?endpoint_override=localhost:1"
+    assert (remote / "x").where == "s3://bucket/runs/first/x?endpoint_override=localhost:1"
+    assert remote.parent.where == "s3://bucket/runs?endpoint_override=localhost:1"
+    secret = Place("s3://KEY:SECRET@bucket/runs/first?endpoint_override=localhost:1")
+    assert f"{secret} {secret!r}" == "s3://bucket/runs/first Place('s3://bucket/runs/first')", "no key in a log"
     with pytest.raises(UserError, match=r"cannot be used as a place"):
         Place("s4://bucket/x").filesystem()

@@ -64,6 +64,10 @@ def test_csv(tmp_path, rows):
     assert texts_of(tmp_path / "rows.csv") == TEXTS
     (tmp_path / "rows.csv").write_text("text\n2023\n17\n")
     assert texts_of(tmp_path / "rows.csv") == ["2023", "17"]
+    # What another column holds beyond the first megabyte is none of our business.
+    lines = [f"A text of some length,{number}" for number in range(60_000)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,number", *lines, "The last text,none", ""]))
+    assert texts_of(tmp_path / "rows.csv")[-1] == "The last text"
 
 
 def test_json_lines_and_lists(tmp_path, rows):
@@ -124,14 +128,19 @@ def test_bad_bytes_cost_only_themselves(tmp_path):
         ("broken.jsonl", b"{text}\n", "Line 1 of .*broken.jsonl is not JSON"),
         ("broken.json", b"[1,", "Cannot read .*broken.json"),
         ("broken.parquet", b"PAR1 no", "Cannot read .*broken.parquet"),
+        ("folder/broken.parquet", b"PAR1 no", "Cannot read .*broken.parquet"),
+        ("folder/state.json", b"{}", "Cannot read .*folder"),
+        ("folder/dataset_dict.json", b"[]", "Cannot read .*folder"),
         ("picture.png", b"\x89PNG", "no text format"),
     ],
 )
 def test_a_source_that_cannot_be_used(tmp_path, name, content, message):
+    source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
     if content is not None:
-        (tmp_path / name).write_bytes(content)
+        source.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        open_source(str(tmp_path / name))
+        open_source(str(source if source.parent == tmp_path else source.parent))
     assert "\n" not in str(caught.value)
 
 
@@ -141,7 +150,14 @@ def test_columns_that_hold_no_text(tmp_path, rows):
         open_source(f"{tmp_path / 'rows.parquet'}::number")
 
 
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "half \\ud83d of it"}\n')
+    assert texts_of(tmp_path / "rows.jsonl") == ["half ? of it"]
+
+
 def test_folders_without_text(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "kept.txt").write_text("Not for you.")
     with pytest.raises(UserError, match="holds no file in"):
         open_source(str(tmp_path))
     with pytest.raises(UserError, match="holds no file in"):

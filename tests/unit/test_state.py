@@ -39,7 +39,8 @@ def gradients(state, seed):
 
 def advance(state, steps):
     for _ in range(steps):
-        state.apply(gradients(state, state.progress.step))
+        found = gradients(state, state.progress.step)
+        state.apply(found, state.gradient_norms(found))
         state.progress.step += 1
 
 
@@ -79,7 +80,8 @@ def test_learned_inner_rates_move_against_their_gradient(backbone):
         load_run_config(None, [*SETTINGS, "meta.inner_rate=0.2", "meta.learn_inner_rates=true"]), backbone
     )
     found = gradients(state, 0)
-    state.apply(MetaGradients(found.prompt, found.regularizer, torch.ones(1), {}, None, None, None))
+    mean = MetaGradients(found.prompt, found.regularizer, torch.ones(1), {}, None, None, None)
+    state.apply(mean, state.gradient_norms(mean))
     assert 0 < state.inner_rates().item() < 0.2
 
 

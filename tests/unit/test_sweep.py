@@ -62,6 +62,7 @@ def test_every_shipped_space_gives_configurations_that_can_run(name):
             r"which 'prompt\.length' cannot bear",
         ),
         ({"search": "pbt", "pbt": {"every_steps": 100}, "asha": {"grace_steps": 100}}, r"leave asha out"),
+        ({"search": "pbt", "pbt": {"every_steps": 100}, "concurrency": 1}, r"whole population.*leave concurrency out"),
     ],
 )
 def test_one_sentence_for_each_mistake(update, sentence):
@@ -109,20 +110,26 @@ def test_a_choice_of_mixtures():
 
 
 def test_as_many_trials_as_fit():
-    two_cores = Resources(2, 0, 1)
-    assert concurrency(sweep(), two_cores, [2]) == 1
+    two_cores = Resources((2,))
+    assert concurrency(sweep(), two_cores) == 1
     # A trial of one worker and its builder take 1.5 CPUs of one node.
-    assert concurrency(sweep(), Resources(14, 0, 3), [8, 4, 2]) == 5 + 2 + 1
-    assert concurrency(sweep(), Resources(14, 2, 3), [8, 4, 2], gpu=True) == 2
+    assert concurrency(sweep(), Resources((8, 4, 2))) == 5 + 2 + 1
+    assert concurrency(sweep(), Resources((8, 4, 2), gpus=2), gpu=True) == 2
     pair = sweep(base={"workers": {"count": 2}})
-    assert concurrency(pair, Resources(8, 0, 2), [4, 4]) == 2
-    assert concurrency(sweep(concurrency=2), Resources(8, 0, 1), [8]) == 2
+    assert concurrency(pair, Resources((4, 4))) == 2
+    assert concurrency(sweep(concurrency=2), Resources((8,))) == 2
     with pytest.raises(UserError, match="concurrency is 2 but 1 of these trials fit"):
-        concurrency(sweep(concurrency=2), two_cores, [2])
+        concurrency(sweep(concurrency=2), two_cores)
     with pytest.raises(UserError, match=r"need 3 CPUs, but the cluster has 2"):
-        concurrency(pair, two_cores, [2])
+        concurrency(pair, two_cores)
     with pytest.raises(UserError, match=r"A trial needs 1\.5 CPUs .* nodes have 1, 1"):
-        concurrency(sweep(), Resources(2, 0, 2), [1, 1])
+        concurrency(sweep(), Resources((1, 1)))
+    population = sweep(base={"workers": {"count": 2}}, search="pbt", samples=3, pbt={"every_steps": 100})
+    assert concurrency(population, Resources((8, 8))) >= 3
+    with pytest.raises(UserError, match="needs its 3 trials at a time, but 2 of 2 workers fit"):
+        concurrency(population, Resources((4, 4)))
+    with pytest.raises(UserError, match="A worker of 5 CPUs has to lie on one node, and the largest has 4"):
+        concurrency(sweep(base={"workers": {"cpus": 5}}), Resources((4, 4)))
 
 
 def test_every_task_type_weighs_the_same_in_the_objective():

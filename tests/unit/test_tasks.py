@@ -222,6 +222,10 @@ def test_too_few_domains_are_refused(store):
             require_domains(store, TASK_TYPES)
     finally:
         store._families["ss"] = saved
+    one = Store(store.path, store.manifest.model_copy(update={"documents": 1}))
+    require_domains(one, ["scsp", "scss"])
+    with pytest.raises(UserError, match="'nsp' takes sentences of other documents"):
+        require_domains(one, TASK_TYPES)
 
 
 ids_lists = st.lists(st.lists(st.integers(50, 60), min_size=1, max_size=120), min_size=2, max_size=5)
