@@ -25,7 +25,9 @@ from supmer_ray.tasks.batch import TaskBatch
 def measure_scaling(size: str, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Seconds of a step with one and with two workers that share the machine, and bytes all-reduced."""
     if options.tasks % 2:
-        raise UserError(f"--scaling shares {options.tasks} tasks between two workers; write --tasks {options.tasks + 1}.")
+        raise UserError(
+            f"--scaling shares {options.tasks} tasks between two workers; write --tasks {options.tasks + 1}."
+        )
     cores = torch.get_num_threads()
     if options.device.startswith("cuda") and torch.cuda.device_count() < 2:
         say(f"{size}: one GPU here, so two workers are measured on its CPU")

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import faults
@@ -14,6 +15,7 @@ from typer.main import get_command
 from supmer_ray.cli import app
 from supmer_ray.cluster import Resources, require_room
 from supmer_ray.config import load_run_config
+from supmer_ray.train import CONFIG_FILE
 
 SETTINGS = [
     "prompt.length=5", "meta.steps=100", "tasks.tasks_per_step=2", "tasks.support=6", "tasks.query=6",
@@ -124,11 +126,26 @@ def test_the_runtime_environment_installs_this_project_with_its_pins():
     assert (PROJECT / "constraints.txt").is_file() and (PROJECT / "pyproject.toml").is_file()
 
 
-def test_the_kubernetes_manifest_runs_a_command_that_the_command_line_takes():
+def test_the_kubernetes_manifest_runs_a_command_that_the_command_line_takes(tmp_path):
     manifest = yaml.safe_load((PROJECT / "jobs" / "rayjob.yaml").read_text())
     assert manifest["kind"] == "RayJob" and manifest["apiVersion"] == "ray.io/v1"
     spec = manifest["spec"]
-    command = spec["entrypoint"].replace("$(test -e /shared/runs/first/run.json && echo --resume)", "--resume").split()
+    # KubeRay posts the entry point to the head, whose shell runs it: a submitter's shell would not see the volume.
+    assert spec["submissionMode"] == "HTTPMode"
+    entry = spec["entrypoint"].replace("/shared/", f"{tmp_path}/")
+    (tmp_path / "python").write_text('#!/bin/sh\necho python "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+
+    def started():
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return subprocess.check_output(["bash", "-c", entry], env=environment, text=True).split()
+
+    fresh = started()
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / CONFIG_FILE).touch()
+    command = started()
+    assert "--resume" not in fresh and sorted([*fresh, "--resume"]) == sorted(command)
+    command = [word.replace(str(tmp_path), "/shared") for word in command]
     assert command[0] == "python" and (PROJECT / command[1]).is_file()
     verb = Path(command[1]).stem
     assert {word for word in command if word.startswith("--")} <= options(verb)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from supmer_ray.config import load_run_config
 from supmer_ray.data.store import Store
-from supmer_ray.meta.loop import make_formats, reduce_sums
+from supmer_ray.errors import UserError
+from supmer_ray.meta.loop import RefusedElsewhere, begun_together, make_formats, reduce_sums
 from supmer_ray.meta.state import MetaState
 from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.backbone import load_backbone
@@ -45,6 +46,25 @@ def worker(rank, store_path, step, folder, port):
     # A thread of gloo may still be dropping a tensor, for which it wants the GIL; if Python is being taken down
     # meanwhile, the process aborts (pytorch/pytorch#190489). Everything is written: leave without the teardown.
     os._exit(0)
+
+
+def beginner(rank, folder, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        with begun_together(torch.device("cpu")):
+            if rank:
+                raise UserError("There is no store on this node.")
+    except (UserError, RefusedElsewhere) as error:
+        (folder / str(rank)).write_text(repr(error))
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_what_one_worker_refuses_ends_all(tmp_path):
+    torch.multiprocessing.spawn(beginner, (tmp_path, free_port()), nprocs=2)
+    assert (tmp_path / "0").read_text() == "RefusedElsewhere()"
+    assert "no store on this node" in (tmp_path / "1").read_text()
 
 
 def free_port():

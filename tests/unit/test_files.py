@@ -49,6 +49,11 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
     assert remote.remote and remote.name == "first"
     assert (remote / "x").where == "s3://bucket/runs/first/x?endpoint_override=localhost:1"
     assert remote.parent.where == "s3://bucket/runs?endpoint_override=localhost:1"
+    (tmp_path / "kept").touch()
+    home = Place(str(tmp_path))
+    with pytest.raises(UserError, match=r"run\.json is missing\), so it is not overwritten"):
+        require_new_place(home, overwrite=True, resume=False, marker="run.json")
+    require_new_place(home, overwrite=True, resume=False, marker="kept")
     secret = Place("s3://KEY:SECRET@bucket/runs/first?endpoint_override=localhost:1")
     assert f"{secret} {secret!r}" == "s3://bucket/runs/first Place('s3://bucket/runs/first')", "no key in a log"
     with pytest.raises(UserError, match=r"cannot be used as a place"):
