@@ -88,9 +88,12 @@ class StageLine:
 
         return show
 
-    def trials_done(self, done: int, total: int, best: float | None) -> None:
+    def trials_done(self, done: int, total: int, best: float | None, steps: int) -> None:
         """`update` for a sweep."""
-        self.update(done, total, f"best {best:.4f}" if best is not None else "")
+        notes = [f"best {best:.4f}"] if best is not None else []
+        if steps:
+            notes.append(f"{steps:,} steps of the trials at work")
+        self.update(done, total, ", ".join(notes))
 
     def _text(self) -> str:
         # Neither what was done before a resumed run nor its start-up counts as speed.

@@ -61,8 +61,8 @@ RUNS = "runs"
 DIVERGED_LOSS = 1000.0
 """The objective of a trial whose loss is not finite: far above any real one, in nats, but a number to compare."""
 
-Progress = Callable[[int, int, float | None], None]
-"""Called with the trials that are done, their number, and the best objective so far."""
+Progress = Callable[[int, int, float | None, int], None]
+"""Called with the trials that are done, their number, the best objective so far, and the steps of those at work."""
 
 
 @dataclass(frozen=True)
@@ -521,17 +521,27 @@ class _Watch:
     def __init__(self, config: SweepConfig, out: Path, progress: Progress | None) -> None:
         self._config, self._out, self._progress = config, out, progress
         self._ended: dict[str, float] = {}
+        self._reached: dict[str, int] = {}
 
     def ended(self, trials: Sequence[Any], last: Any) -> None:
         self._ended[last.trial_id] = time.monotonic()
+        self.tell(trials, last)
+
+    def reported(self, trials: Sequence[Any], trial: Any, result: Mapping[str, Any]) -> None:
+        self._reached[trial.trial_id] = result.get("step", 0)
+        self.tell(trials)
+
+    def tell(self, trials: Sequence[Any], last: Any = None) -> None:
+        """Tell how far the sweep is; `last` has just ended, whatever its status still says."""
         if self._progress:
             ended = [trial for trial in trials if trial is last or trial.is_finished()]
+            steps = sum(self._reached.get(trial.trial_id, 0) for trial in trials if trial not in ended)
             # One that was stopped early cannot be the best: best.yaml is of those that came to their end.
             results = [trial.last_result or {} for trial in ended]
             whole = [found for found in results if found.get("step", 0) >= self._config.base.meta.steps]
             values = [found["objective"] for found in whole]
             best = min if self._config.objective.mode == "min" else max
-            self._progress(len(ended), self._config.samples, best(values, default=None))
+            self._progress(len(ended), self._config.samples, best(values, default=None), steps)
 
     def release(self, *, at_once: bool = False) -> None:
         """Remove the groups of trials that ended a while ago: their runs are dead and cannot make new ones."""
@@ -554,6 +564,10 @@ _watch: _Watch | None = None
 
 class _Listener(ray_tune.Callback):
     """Hands events to the watch. It has no state of its own, because Ray Tune saves it with the search."""
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        if _watch:
+            _watch.reported(trials, trial, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if _watch:

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-RAY = str(Path(sys.executable).with_name("ray"))
+BINARIES = Path(sys.executable).parent
 PROJECT = Path(__file__).parents[1]
 
 PATIENCE_SECONDS = 900
@@ -37,17 +37,18 @@ class Cluster:
     Args:
         folder: where the nodes' logs and the token go. Ray keeps its sockets below `/tmp`, whose path is short.
         cpus: of the head.
+        binaries: the folder of the nodes' Python and Ray.
     """
 
-    def __init__(self, folder: Path, cpus: int = 2) -> None:
+    def __init__(self, folder: Path, cpus: int = 2, binaries: Path = BINARIES) -> None:
         home = folder / "home"
         home.mkdir(parents=True)
-        self.folder = folder
+        self.folder, self._ray = folder, str(binaries / "ray")
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
         # A job that is stopped gets the time to save even where the machine has much else to do.
         self.environment["RAY_JOB_STOP_WAIT_TIME_S"] = "60"
-        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment["PATH"] = f"{binaries}:{os.environ['PATH']}"
         self.environment["SUPMER_HOME"] = os.environ.get("SUPMER_HOME", str(Path.home() / ".cache" / "supmer"))
         self.ray("get-auth-token", "--generate")
         gcs, dashboard, agent, client, metrics = free_ports(5)
@@ -73,7 +74,7 @@ class Cluster:
 
     def _start(self, *options: str) -> subprocess.Popen:
         with (self.folder / f"node{len(self.nodes)}.log").open("w") as log:
-            command = [RAY, "start", "--block", "--disable-usage-stats", *options]
+            command = [self._ray, "start", "--block", "--disable-usage-stats", *options]
             node = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
             )
@@ -91,20 +92,23 @@ class Cluster:
         """A `ray` command against this cluster."""
         where = ["--address", self.address] if arguments[0] == "status" else []
         done = subprocess.run(
-            [RAY, *arguments, *where], env=self.environment, capture_output=True, text=True, cwd=PROJECT
+            [self._ray, *arguments, *where], env=self.environment, capture_output=True, text=True, cwd=PROJECT
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def submit(self, *entrypoint: object, installed: bool = False) -> str:
+    def submit(self, *entrypoint: object, installed: bool = False, environment: str | None = None) -> str:
         """Submit a job as `jobs/` documents it, without waiting; returns its id.
 
         Args:
             installed: run the project where it is installed, not from a copy of its folder. Nodes that share a
                 machine share these copies, and a node that joins clears them.
+            environment: a file with the runtime environment.
         """
         job = f"supmer-{time.monotonic_ns()}"
         command = ["job", "submit", "--address", self.dashboard, "--no-wait", "--submission-id", job]
+        if environment:
+            command += ["--runtime-env", environment]
         words = [
             str(PROJECT / word) if installed and str(word).startswith("jobs/") else str(word) for word in entrypoint
         ]

@@ -1,15 +1,54 @@
 """One local Ray cluster for all integration tests, and real text for them."""
 
+from dataclasses import dataclass
+from typing import Any
+
+import boto3
 import pytest
 import ray
 from comparing import along_shots, compared, plan, tasks  # noqa: F401
 from faults import SETTINGS
+from moto.server import ThreadedMotoServer
 from tiny import make_tiny_t5
 
 from supmer_ray.config import PrepareConfig, load_run_config
 from supmer_ray.data.catalog import unlabelled
 from supmer_ray.data.prepare import prepare
 from supmer_ray.train import train
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A folder on an S3-compatible server.
+
+    Attributes:
+        uri: with the server's address and the keys.
+    """
+
+    uri: str
+    client: Any
+
+    def fetch(self, into):
+        """Copy what lies in the folder; returns where."""
+        for entry in self.client.list_objects_v2(Bucket="runs")["Contents"]:
+            file = into / entry["Key"]
+            if not entry["Key"].endswith("/"):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self.client.download_file("runs", entry["Key"], str(file))
+        return into / "team" / "first"
+
+
+@pytest.fixture
+def bucket():
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"aws_access_key_id": "writer", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
+    client.create_bucket(Bucket="runs")
+    where = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    yield Bucket(f"s3://writer:secret@runs/team/first?{where}", client)
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import subprocess
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -76,9 +77,9 @@ def test_a_support_batch_that_is_not_a_number_is_skipped_counted_and_reported(un
     assert [row["skipped"] for row in rows] == [sum(s <= row["step"] for s in skipped) for row in rows]
     for tensor in load_file(result.checkpoint / "prompt.safetensors").values():
         assert np.isfinite(tensor).all()
-    # Until the first bad step the run is that on the good store; the bad one leaves the prompt where it was.
-    before, after = rows[skipped[0] - 2 if skipped[0] > 1 else 0], rows[skipped[0] - 1]
-    assert after["prompt_norm"] == before["prompt_norm"] or skipped[0] == 1
+    # A row has the norm that its step began with: a bad step leaves the prompt where it was, a good one moves it.
+    for row, after in pairwise(rows):
+        assert (after["prompt_norm"] == row["prompt_norm"]) == (row["step"] in skipped), row["step"]
 
 
 def test_too_many_such_steps_in_a_row_end_the_run_with_a_sentence(undisturbed, tiny_store, tmp_path):

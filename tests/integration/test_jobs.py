@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import faults
@@ -51,6 +52,11 @@ def test_a_job_that_was_stopped_leaves_a_checkpoint_that_resumes(cluster, tiny_s
     assert shown["name"] == "run" and shown["status"] == "RUNNING"
     (attempt,) = shown["attempts"]
     assert [worker["world_rank"] for worker in attempt["workers"]] == [0]
+    written = subprocess.check_output(
+        [Path(sys.executable).with_name("supmer"), "dashboard"], env=cluster.environment, text=True
+    )
+    beside = Path(written.partition(":")[0]).parent
+    assert "supmer_grafana_dashboard.json" in written and (beside / "default_grafana_dashboard.json").is_file()
     cluster.stop(job)
     cluster.wait_for_end(job, "STOPPED")
     reached = steps(out)
@@ -90,6 +96,68 @@ def test_a_job_whose_driver_was_killed_is_submitted_again(cluster, undisturbed, 
     assert f"{out}/checkpoint: the meta-trained prompt" in log and "Traceback" not in log
     assert steps(out) == list(range(1, 13))
     faults.assert_same_weights(out / "checkpoint", undisturbed.checkpoint)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_goes_on_and_keeps_its_finished_trial(cluster, tiny_store, tmp_path):
+    out, file = tmp_path / "sweep", tmp_path / "sweep.yaml"
+    base = {
+        "prompt": {"length": 3},
+        "tasks": {"tasks_per_step": 1, "support": 4, "query": 4, "max_length": 120},
+        "meta": {"steps": 12, "inner_rate": 0.3},
+        "schedule": {"validate_every": 4, "validation_tasks": 1},
+    }
+    space = {"meta.prompt_rate": {"loguniform": [0.001, 1.0]}}
+    file.write_text(yaml.safe_dump({"base": base, "space": space, "search": "tpe", "samples": 3}))
+    command = ["python", "jobs/tune.py", "--config", file, "--store", tiny_store, "--out", out]
+    job = cluster.submit(*command)
+    cluster.wait_for(lambda: len(list(out.glob("runs/*/metrics.jsonl"))) >= 2, "the second trial")
+    (first,) = [run for run in out.glob("runs/*") if steps(run)[-1:] == [12]]
+    before = (first / "metrics.jsonl").read_bytes()
+    cluster.stop(job)
+    log = cluster.wait_for_end(job, "STOPPED")
+    assert "Traceback" not in log
+
+    log = cluster.wait_for_end(cluster.submit(*command, "--resume"))
+    assert f"{out}/best.yaml: the best of 3 trials" in log and "Traceback" not in log
+    assert len(log.splitlines()) < 60, "a job's log is a few plain lines"
+    assert (first / "metrics.jsonl").read_bytes() == before
+    for run in out.glob("runs/*"):
+        assert steps(run) == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_bare_cluster_installs_the_rest(tiny_store, tmp_path):
+    """Nodes that have Python and Ray alone; a job brings this project and its packages, at their pins."""
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", bare], check=True)
+    pinned = re.search(r"^ray==\S+$", (PROJECT / "constraints.txt").read_text(), re.MULTILINE).group()
+    install = [bare / "bin" / "python", "-m", "pip", "install", "-q", "-c", PROJECT / "constraints.txt"]
+    subprocess.run([*install, pinned.replace("ray", "ray[default]", 1)], check=True)
+    assert subprocess.run([bare / "bin" / "python", "-c", "import torch"], capture_output=True).returncode
+    out = tmp_path / "run"
+    pairs = ["meta.steps=2", *SETTINGS[:1], *SETTINGS[2:-1], "schedule.checkpoint_every=1"]
+    settings = [part for pair in pairs for part in ("--set", pair)]
+    with Cluster(tmp_path / "cluster", binaries=bare / "bin") as cluster:
+        job = cluster.submit(
+            "python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings,
+            environment="jobs/runtime-env.yaml",
+        )  # fmt: skip
+        log = cluster.wait_for_end(job)
+    assert f"{out}/checkpoint: the meta-trained prompt" in log and steps(out) == [1, 2]
+
+
+@pytest.mark.slow
+def test_an_evaluation_and_a_training_of_the_backbone_run_as_jobs(cluster, tmp_path):
+    out = tmp_path / "eval"
+    small = ["--set", "adapt.max_test=50", "--set", "adapt.shots=4"]
+    command = ["python", "jobs/evaluate.py", "--tasks", "bbc-topic", "--methods", "zero-shot,linear-probe", *small]
+    log = cluster.wait_for_end(cluster.submit(*command, "--seeds", 2, "--out", out))
+    assert "linear-probe" in log and (out / "results.parquet").is_file()
+    usage = cluster.wait_for_end(cluster.submit("python", "jobs/pretrain_backbone.py", "--help"))
+    assert set(re.findall(r"--[a-z-]+", documented("pretrain_backbone").partition("pretrain_backbone.py ")[2])) <= set(
+        re.findall(r"--[a-z-]+", usage)
+    )
 
 
 def options(verb):

@@ -1,5 +1,6 @@
 """What a run shows: every series that the dashboard queries stands at the real metrics port while it runs."""
 
+import importlib.util
 import json
 import re
 import time
@@ -11,6 +12,7 @@ import ray
 from supmer_ray.config import load_run_config
 from supmer_ray.errors import UserError
 from supmer_ray.monitoring.dashboard import FILE, dashboard_text, write_dashboard
+from supmer_ray.monitoring.loggers import PACKAGES
 from supmer_ray.monitoring.series import PHASES, RunSeries
 from supmer_ray.train import train
 
@@ -59,6 +61,26 @@ def test_the_metrics_port_has_every_series_that_the_dashboard_queries(tiny_store
     rows = [json.loads(line) for line in (tmp_path / "shown" / "metrics.jsonl").read_text().splitlines()]
     similarities = [row["similarity"] for row in rows if row["kind"] == "step"]
     assert min(similarities) <= seen["ray_supmer_similarity"][None] <= max(similarities)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
+def test_a_run_writes_to_the_loggers_that_it_names(tiny_store, tmp_path, name):
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        pytest.skip(f"{PACKAGES[name]} is an extra")
+    run = tmp_path / "run"
+    settings = [*SETTINGS, "meta.steps=2", "schedule.validate_every=2", f"monitoring.loggers=[{name}]"]
+    train(load_run_config(None, settings), tiny_store, run)
+    if name == "mlflow":
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=f"sqlite:///{run / 'mlflow.db'}")
+        (found,) = client.search_runs([client.get_experiment_by_name("supmer").experiment_id])
+        assert found.info.status == "FINISHED" and len(client.get_metric_history(found.info.run_id, "train/gate")) == 2
+    else:
+        pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*/*.wandb"}[name]
+        (file,) = run.glob(pattern)
+        assert file.stat().st_size > 1000
 
 
 def test_a_value_stays_at_the_metrics_port_until_the_run_is_over(ray_cluster):

@@ -53,7 +53,8 @@ def test_a_node_leaves_during_prepare(cluster, tiny_t5, tiny_store, tmp_path):
     cluster.wait_for_end(cluster.submit("python", "jobs/prepare.py", *options, "--out", whole, installed=True))
     job = cluster.submit("python", "jobs/prepare.py", *options, "--out", disturbed, installed=True)
     kill_node_of(cluster, "ray::Embedder")
-    cluster.wait_for_end(job)
+    log = cluster.wait_for_end(job)
+    assert len(log.splitlines()) < 60, "a job's log is a few plain lines"
     assert cluster.alive() == 2
     one, other = (json.loads((store / "manifest.json").read_text()) for store in (whole, disturbed))
     assert one["files"] == other["files"] and one["families"] == other["families"]
@@ -71,18 +72,30 @@ def test_a_node_leaves_during_training_and_another_joins(cluster, undisturbed, t
     assert_same_weights(out / "checkpoint", undisturbed.checkpoint)
 
 
-def test_two_workers_on_two_nodes_learn_what_one_learns(cluster, undisturbed, tiny_store, tmp_path):
+def test_two_workers_on_two_nodes_learn_what_one_learns_and_outlive_a_node(
+    cluster, undisturbed, tiny_store, bucket, tmp_path
+):
+    """Undisturbed into an object store; and on a shared path, where the node of one worker leaves both in the lurch."""
     import torch
     from safetensors.torch import load_file
 
-    out = tmp_path / "run"
     pairs = [*SETTINGS, "workers.count=2", "workers.cpus=1.5"]
     settings = [part for pair in pairs for part in ("--set", pair)]
-    cluster.wait_for_end(
-        cluster.submit("python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings, installed=True),
-    )
-    one, two = (load_file(run / "prompt.safetensors")["prompt"] for run in (undisturbed.checkpoint, out / "checkpoint"))
+    command = ["python", "jobs/train.py", "--store", tiny_store, *settings, "--out"]
+    log = cluster.wait_for_end(cluster.submit(*command, bucket.uri, installed=True))
+    assert "secret" not in log and "s3://runs/team/first/checkpoint: the meta-trained prompt" in log
+    quiet = bucket.fetch(tmp_path / "fetched") / "checkpoint"
+    one, two = (load_file(run / "prompt.safetensors")["prompt"] for run in (undisturbed.checkpoint, quiet))
     assert float(torch.linalg.vector_norm(one - two, ord=float("inf"))) < 1e-3
+
+    out = tmp_path / "run"
+    job = cluster.submit(*command, out, installed=True)
+    cluster.wait_for(lambda: len(steps(out / "metrics.jsonl")) >= 4, "four steps")
+    kill_node_of(cluster, "RayTrainWorker")
+    cluster.join(cpus=2)
+    cluster.wait_for_end(job)
+    assert steps(out / "metrics.jsonl") == list(range(1, 13))
+    assert_same_weights(out / "checkpoint", quiet)
 
 
 def test_a_node_leaves_during_a_sweep(cluster, tiny_store, tmp_path):
@@ -95,16 +108,21 @@ def test_a_node_leaves_during_a_sweep(cluster, tiny_store, tmp_path):
     space = {"meta.prompt_rate": {"loguniform": [0.001, 1.0]}}
     file, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
     file.write_text(yaml.safe_dump({"base": base, "space": space, "search": "random", "samples": 4}))
-    job = cluster.submit(
-        "python", "jobs/tune.py", "--config", file, "--store", tiny_store, "--out", out, installed=True
-    )
+    command = ["python", "jobs/tune.py", "--config", file, "--store", tiny_store, "--out"]
+    quiet = tmp_path / "quiet"
+    cluster.wait_for_end(cluster.submit(*command, quiet, installed=True))
+    job = cluster.submit(*command, out, installed=True)
     cluster.wait_for(
         lambda: any(steps(metrics)[-1:] >= [2] for metrics in out.glob("runs/*/metrics.jsonl")),
         "two steps",
     )
     kill_node_of(cluster, "ray::ImplicitFunc")
     cluster.wait_for_end(job)
-    table = pd.read_parquet(out / "trials.parquet")
+    table, undisturbed = (
+        pd.read_parquet(folder / "trials.parquet").sort_values("meta.prompt_rate") for folder in (out, quiet)
+    )
     assert len(table) == 4 and set(table["state"]) == {"finished"}
+    for column in ("meta.prompt_rate", "objective"):
+        assert table[column].tolist() == undisturbed[column].tolist()
     for trial in table["trial"]:
         assert steps(out / "runs" / trial / "metrics.jsonl") == list(range(1, 7))

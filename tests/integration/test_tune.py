@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,7 +16,7 @@ import torch
 import yaml
 from ray.util import placement_group_table
 
-from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, build, load_run_config
+from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, build, load_run_config, load_sweep_config
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import load_definition
@@ -25,6 +27,7 @@ from supmer_ray.model.backbone import load_backbone
 from supmer_ray.train import train
 from supmer_ray.tune import Objective, tune
 
+SMOKE = Path(__file__).parents[2] / "tune_configs" / "smoke.yaml"
 BASE = {
     "prompt": {"length": 3},
     "tasks": {"tasks_per_step": 1, "support": 4, "query": 4, "max_length": 120},
@@ -72,7 +75,15 @@ def test_early_stopped_trials_leave_nothing_taken_and_the_best_can_be_trained(ti
     assert losses.mean(axis=1).to_numpy() == pytest.approx(table["objective"].to_numpy())
     finished = table[table["state"] == "finished"]
     assert result.objective == finished["objective"].min()
-    assert [done for done, _, _ in said] == [1, 2, 3, 4] and said[-1][1] == 4
+    assert sorted({done for done, *_ in said}) == [0, 1, 2, 3, 4] and said[-1][1] == 4
+    assert said[0][3] == 2, "the first validation of the first trial shows"
+    assert said[-1][2] == result.objective, "what was stopped early is not the best"
+    # On two CPUs one trial runs at a time: none begins before the one before it has written its last row.
+    spans = []
+    for run in (tmp_path / "sweep" / "runs").iterdir():
+        (start,) = [row for row in rows_of(run / "metrics.jsonl") if row["kind"] == "start"]
+        spans.append((start["reached"]["worker"], (run / "metrics.jsonl").stat().st_mtime))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(spans)))
     for trial, step in zip(table["trial"], table["step"], strict=True):
         rows = rows_of(tmp_path / "sweep" / "runs" / trial / "metrics.jsonl")
         assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, step + 1))
@@ -99,7 +110,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tiny_store, tmp_p
 
 @pytest.mark.slow
 def test_dev_accuracy_of_a_few_shot_task(tiny_store, tmp_path):
-    """The objective is the mean dev accuracy of the seeds' runs; without the test split nothing changes."""
+    """The objective is the mean dev accuracy of the seeds' runs; whatever the test split holds, nothing changes."""
     for split, ends in (("train", 40), ("test", 4)):
         rows = [f"{'a fine film' if i % 2 else 'a bad film'} {i},{('bad', 'good')[i % 2]}" for i in range(ends)]
         (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
@@ -138,6 +149,18 @@ def test_dev_accuracy_of_a_few_shot_task(tiny_store, tmp_path):
         (result,) = adapt(backbone, [alone], AdaptConfig(shots=4, steps=20))
         accuracies.append(result.best.accuracy)
     assert reported["objective"] == pytest.approx(sum(accuracies) / 2)
+
+    found = tune(sweep(samples=1, objective=asked), tiny_store, tmp_path / "one")
+    (tmp_path / "test.csv").write_text("text,label\nsomething else,good\n")
+    other = tune(sweep(samples=1, objective=asked), tiny_store, tmp_path / "other")
+    assert 0 < found.objective <= 1 and found.objective == other.objective
+
+
+@pytest.mark.slow
+def test_the_smoke_sweep_runs(tiny_store, tmp_path):
+    result = tune(load_sweep_config(SMOKE), tiny_store, tmp_path / "sweep")
+    assert list(result.trials["state"]) == ["finished"] * 2 and set(result.trials["step"]) == {8}
+    assert load_run_config(result.file) == result.best
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Progress lines in a log: plain, with the speed of the work and not of its start-up, and with every notice."""
 
+import io
 import re
 
 import pytest
+from rich.console import Console
 
 from supmer_ray import console
 from supmer_ray.console import StageLine, duration
@@ -45,6 +47,41 @@ def test_lines_are_few_and_notices_are_never_left_out(clock, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 100 // 16 + 2
     assert said[-2] == "A snapshot is damaged." and re.match(r"Meta-training: 100 steps in 1:40", said[-1])
+
+
+def test_a_terminal_shows_one_line_a_stage_that_is_written_over(clock, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "errors", Console(file=screen, force_terminal=True, width=120, highlight=False))
+    line = StageLine("Reading", "documents", live=True)
+    for done in range(1, 51):
+        clock[0] += 0.1
+        line.update(done, 50)
+    line.update(3, 9, title="Embedding", unit="sentences")
+    clock[0] += 1
+    line.update(9, 9)
+    line.close(ok=True)
+    # What is left on the screen after every "up a line" and "erase it".
+    lines = []
+    for written in re.sub(r"\x1b\[(?:\?25[lh]|[\d;]*m)", "", screen.getvalue()).split("\n"):
+        for _ in range(written.count("\x1b[1A")):
+            lines.pop()
+        lines.append(re.sub(r"\r|\x1b\[\d?[AK]", "", written))
+    shown = [text for text in lines if text.strip()]
+    assert len(shown) == 2 and "Reading" in shown[0] and "50 documents in 5 s" in shown[0]
+    assert "Embedding" in shown[1] and "9 sentences in 1 s" in shown[1]
+
+
+def test_a_sweep_says_how_far_its_trials_are(clock, capsys):
+    line = StageLine("Searching", "trials", live=False)
+    clock[0] += 60
+    line.trials_done(0, 8, None, 150)
+    clock[0] += 60
+    line.trials_done(1, 8, 1.25, 50)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Searching: 0/8 trials, 150 steps of the trials at work"
+    assert said[1].startswith("Searching: 1/8 trials") and said[1].endswith(
+        "best 1.2500, 50 steps of the trials at work"
+    )
 
 
 def test_durations():

@@ -11,7 +11,7 @@ from supmer_ray.cluster import Resources
 from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, build, load_sweep_config
 from supmer_ray.errors import UserError
 from supmer_ray.sweep_picture import draw_sweep, importance, places
-from supmer_ray.tune import Objective, concurrency, run_config, settings_of, space
+from supmer_ray.tune import Objective, _searcher, concurrency, run_config, settings_of, space
 
 CONFIGS = Path(__file__).parents[2] / "tune_configs"
 SMALL = {"space": {"meta.prompt_rate": {"uniform": [0.1, 0.2]}}, "samples": 2, "search": "random"}
@@ -107,6 +107,18 @@ def test_rates_of_each_inner_step_follow_the_number_of_steps():
 def test_a_choice_of_mixtures():
     config = sweep(space={"tasks.mixture": {"choice": [{"nsp": 1}, {"scc": 1, "nss": 2}]}})
     assert run_config(config, settings_of(config, {"tasks.mixture": 1})).tasks.types == ["nss", "scc"]
+
+
+def test_tpe_draws_mixtures_where_the_loss_is_low():
+    """Trials that lean on one task type are the better: the model comes to propose such."""
+    config = load_sweep_config(CONFIGS / "task_mixture.yaml").model_copy(update={"search": "tpe", "seed": 3})
+    searcher = _searcher(config, 1)
+    assert searcher.set_search_properties("objective", "min", space(config))
+    weights = []
+    for number in range(40):
+        weights.append(settings_of(config, searcher.suggest(str(number)))["tasks.mixture"]["scsp"])
+        searcher.on_trial_complete(str(number), {"objective": 1 - weights[-1]})
+    assert np.mean(weights[20:]) > 2 * np.mean(weights[:10])
 
 
 def test_as_many_trials_as_fit():
