@@ -90,14 +90,26 @@ def _knock(address: str) -> None:
             raise ConnectionError(str(error)) from None
 
 
+def needed_cpus(workers: WorkersConfig) -> float:
+    """What the workers and the builders of a run reserve."""
+    return workers.count * (workers.cpus + workers.builders * BUILDER_CPUS)
+
+
+def waits_for(workers: WorkersConfig) -> str | None:
+    """A sentence for a run that fits the cluster but not what is free of it now; it begins when others end."""
+    import ray
+
+    need, free = needed_cpus(workers), ray.available_resources().get("CPU", 0.0)
+    return f"The run waits for {need:g} CPUs; {free:g} of the cluster's are free." if need > free else None
+
+
 def require_room(resources: Resources, workers: WorkersConfig) -> None:
     """Refuse a run whose workers leave no CPU to build meta-tasks: it would wait for ever.
 
     Raises:
         UserError: too few CPUs or GPUs, with the numbers.
     """
-    builders = workers.count * workers.builders
-    need = workers.count * workers.cpus + builders * BUILDER_CPUS
+    builders, need = workers.count * workers.builders, needed_cpus(workers)
     if need > resources.cpus:
         fits = int(resources.cpus // (workers.cpus + workers.builders * BUILDER_CPUS))
         instead = f"set workers.count to at most {fits}" if fits else f"give Ray at least {math.ceil(need)} CPUs"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import connect, require_room
+from supmer_ray.cluster import connect, require_room, waits_for
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError
@@ -90,6 +90,8 @@ def train(
         if overwrite:
             place.parent.delete(place.name)
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
+        if (sentence := waits_for(config.workers)) and progress:
+            progress({"kind": "notice", "step": 0, "text": sentence})
         settings = {"store": str(store), "config": config.model_dump(mode="json")}
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
         for left in (REFUSAL_FILE, STOP_FILE):

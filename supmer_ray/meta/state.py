@@ -153,7 +153,11 @@ class MetaState:
 
     @staticmethod
     def resume(folder: Path, config: RunConfig, backbone: Backbone) -> MetaState:
-        """The state that `save` wrote, to go on under `config`."""
+        """The state that `save` wrote, to go on under `config`.
+
+        Raises:
+            UserError: no checkpoint or a damaged one, another backbone or prompt length, or no optimizer in it.
+        """
         checkpoint = load_checkpoint(folder, backbone)
         if len(checkpoint.prompt) != config.prompt.length:
             raise UserError(

@@ -24,8 +24,9 @@ from supmer_ray.files import Place
 from supmer_ray.meta.loop import Learner, RunPlan, meta_train, snapshots_in
 from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import load_backbone
+from supmer_ray.sweep.trial import Objective
 from supmer_ray.train import train
-from supmer_ray.tune import Objective, tune
+from supmer_ray.tune import tune
 
 SMOKE = Path(__file__).parents[2] / "tune_configs" / "smoke.yaml"
 BASE = {

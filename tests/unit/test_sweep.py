@@ -10,8 +10,10 @@ import yaml
 from supmer_ray.cluster import Resources
 from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, build, load_sweep_config
 from supmer_ray.errors import UserError
-from supmer_ray.sweep_picture import draw_sweep, importance, places
-from supmer_ray.tune import Objective, _searcher, concurrency, run_config, settings_of, space
+from supmer_ray.sweep.picture import draw_sweep, importance, places
+from supmer_ray.sweep.space import run_config, settings_of, space
+from supmer_ray.sweep.trial import Objective
+from supmer_ray.tune import _searcher, concurrency
 
 CONFIGS = Path(__file__).parents[2] / "tune_configs"
 SMALL = {"space": {"meta.prompt_rate": {"uniform": [0.1, 0.2]}}, "samples": 2, "search": "random"}
