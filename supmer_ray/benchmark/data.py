@@ -17,14 +17,16 @@ from supmer_ray.benchmark.memory import peak_memory_of_all
 from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig, build
 from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
 from supmer_ray.data.store import Store
-from supmer_ray.model.backbone import load_backbone
+from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.packed import Layout
+from supmer_ray.model.prompted import micro_batches
+from supmer_ray.tasks.batch import collate
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
 
 STEPS = 100
 
-RUN = {
+RUN: dict[str, Any] = {
     "prompt": {"length": 10},
     "tasks": {"tasks_per_step": 2, "support": 8, "query": 8, "max_length": 160, "candidate_length": 32},
     "meta": {"steps": 20, "inner_rate": 0.1},
@@ -53,6 +55,8 @@ def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
             builder.shard(step, 0, 1).to_arrow()
         rates.append(STEPS * config.tasks_per_step / (time.process_time() - started))
     say(f"builder: {median(rates):,.0f} meta-tasks a second for each core ({min(rates):,.0f} to {max(rates):,.0f})")
+    packing = 1e3 * median(_packing_seconds(builder, backbone, step) for step in range(50)) / config.tasks_per_step
+    say(f"worker: {packing:.2f} ms a meta-task to cut its examples into micro-batches and lay them out")
     with tempfile.TemporaryDirectory() as folder:
         connecting = time.perf_counter()
         connect()
@@ -77,9 +81,20 @@ def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         "store": path.name,
         "start_seconds": start,
         "tasks_per_second_per_core": median(rates),
+        "packing_ms_per_task": packing,
         "data_wait_fraction": fraction,
         "data_wait_fraction_with_start": waited / (waited + worked),
     }
+
+
+def _packing_seconds(builder: TaskBuilder, backbone: Backbone, step: int) -> float:
+    """What the worker does on the host with a step's examples before they are computed with."""
+    batch = builder.shard(step, 0, 1)
+    started = time.process_time()
+    for examples in (batch.support, batch.query, batch.partner):
+        for index in micro_batches(examples.lengths, RUN["prompt"]["length"], 4096):
+            collate(examples, index, pad=backbone.pad, start=backbone.start, device=backbone.device)
+    return time.process_time() - started
 
 
 def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
