@@ -28,6 +28,8 @@ CONFIG = AdaptConfig(shots=4, steps=1, evaluate_every=1, max_length=96, max_test
 
 TOGETHER = "together"
 PLAIN = "one by one, padded"
+REFERENCE = 412
+"""Positions beside the prompt to which the published code pads every example, as the step's baseline does."""
 
 
 class PaddedForward(LibraryForward):
@@ -54,12 +56,13 @@ class PaddedForward(LibraryForward):
 def measure_fewshot(device: str, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Seconds of 30 runs together and one by one, and how many test accuracies agree with the plain way's.
 
-    Of the ways that go one by one, the first takes our forward, the other the library's with every example padded to
-    the longest that is allowed. On a CPU, seconds of its cores count beside those of the clock: others who use the
-    machine do not change them much.
+    Of the ways that go one by one, the first takes our forward, the others the library's with every example padded: to
+    the longest that these runs allow, and to what the published code pads to. On a CPU, seconds of its cores count
+    beside those of the clock: others who use the machine do not change them much.
     """
-    ours, padded = (load_backbone("embedded", device=device) for _ in range(2))
+    ours, padded, published = (load_backbone("embedded", device=device) for _ in range(3))
     padded.forward = PaddedForward(padded.model, PROMPT + CONFIG.max_length)
+    published.forward = PaddedForward(published.model, PROMPT + REFERENCE)
     half = load_backbone("embedded", device=device, dtype=torch.bfloat16)
     runs = _runs(ours)
 
@@ -71,6 +74,7 @@ def measure_fewshot(device: str, repeats: int, say: Callable[[str], None]) -> di
         "together, bfloat16": lambda: adapt(half, runs, CONFIG),
         "one by one": lambda: one_by_one(ours),
         PLAIN: lambda: one_by_one(padded),
+        f"{PLAIN} to {REFERENCE}": lambda: one_by_one(published),
     }
     clocks = {"seconds": time.perf_counter, "core_seconds": time.process_time}
     times: dict[str, list[list[float]]] = {name: [] for name in ways}
