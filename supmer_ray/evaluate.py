@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +39,7 @@ from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
 from supmer_ray.fewshot.tables import write_table
 from supmer_ray.files import held, read_sealed, whole_file, write_json
-from supmer_ray.meta.loop import METRICS_FILE
+from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.tasks.types import require_domains
@@ -408,7 +408,7 @@ def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
     ]
     spent = []
     for (run, method), folder in checkpoints.items():
-        if (found := _training(folder.parent / METRICS_FILE)) is not None:
+        if (found := _training(folder.parent)) is not None:
             steps, seconds = found
             spent.append(f"{method}{f' ({run})' if run else ''} {steps:,} steps in {seconds:,.0f} s")
     if spent:
@@ -416,17 +416,12 @@ def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
     return "\n\n".join(lines)
 
 
-def _training(metrics: Path) -> tuple[int, float] | None:
+def _training(run: Path) -> tuple[int, float] | None:
     """Meta-steps of a run and the seconds that they and the waiting for their data took."""
-    if not metrics.is_file():
+    if not (run / METRICS_FILE).is_file():
         return None
-    steps = [row for row in _json_lines(metrics) if row["kind"] == "step"]
+    steps = read_rows(run, "step")
     return len(steps), sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps)
-
-
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
 
 
 def _cell_file(out: Path, cell: Cell) -> Path:

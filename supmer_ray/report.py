@@ -13,10 +13,10 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.evaluate import DESCRIPTION, RESULTS
 from supmer_ray.fewshot.comparison import gaps, probability, summarize
 from supmer_ray.files import whole_folder
-from supmer_ray.meta.loop import METRICS_FILE
+from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.train import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -92,15 +92,13 @@ def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Pa
 
 def _run(folder: Path, prefix: str) -> _Section:
     """The section of a meta-training run."""
-    rows = list(_rows(folder / METRICS_FILE))
-    steps = pd.DataFrame([row for row in rows if row["kind"] == "step"])
+    steps = pd.DataFrame(read_rows(folder, "step"))
     if steps.empty:
         raise UserError(f"The run in {folder} has no step to show yet; wait for its first one.")
     validations = pd.DataFrame(
         [
             {"step": row["step"], "task_type": name, **found}
-            for row in rows
-            if row["kind"] == "validation"
+            for row in read_rows(folder, "validation")
             for name, found in row["validation"].items()
         ],
         columns=["step", "task_type", "loss", "accuracy"],
@@ -219,14 +217,6 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
         f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(described, indent=1))}</pre></details>"
     )
     return section
-
-
-def _rows(metrics: Path) -> Iterator[dict[str, Any]]:
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return  # the line that a running worker has not finished
 
 
 def _draw(section: _Section, name: str, figure: Figure, caption: str) -> str:

@@ -22,7 +22,8 @@ from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.files import Place, held, read_sealed, require_new_place, whole_folder
-from supmer_ray.meta.loop import METRICS_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, worker_loop
+from supmer_ray.meta.loop import REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, worker_loop
+from supmer_ray.meta.record import METRICS_FILE
 from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.tasks.types import require_domains
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ RUN: dict[str, Any] = {
 def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Meta-tasks a second that one core builds and packs into Arrow, and the share of a real run that waits."""
     from supmer_ray.cluster import connect
+    from supmer_ray.meta.record import read_rows
     from supmer_ray.train import train
 
     torch.set_num_threads(1)
@@ -63,14 +63,13 @@ def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         connected = time.perf_counter() - connecting
         began = time.time()
         result = train(build(RunConfig, RUN, "the benchmark"), path, Path(folder) / "run")
-        rows = [json.loads(line) for line in result.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if row["kind"] == "step"]
+        steps, starts = (read_rows(result.out.local, kind) for kind in ("step", "start"))
     waited, worked = (sum(row[name] for row in steps) for name in ("data_wait_seconds", "step_seconds"))
     later = steps[1:]  # the first step waits for the builders to start
     waited_later = sum(row["data_wait_seconds"] for row in later)
     fraction = waited_later / (waited_later + sum(row["step_seconds"] for row in later))
     say(f"training: {fraction:.2%} of the time after the first step waits for data ({waited:.2f} s in all)")
-    (reached,) = [row["reached"] for row in rows if row["kind"] == "start"]
+    (reached,) = [row["reached"] for row in starts]
     times = [began, *reached.values()]
     names = ("Ray Train's worker", "backbone", "first validation", "first step")
     start = {"cluster": connected}

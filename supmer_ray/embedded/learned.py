@@ -9,7 +9,6 @@ says what it learned from and how far it came:
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from supmer_ray.data.store import read_manifest
 from supmer_ray.embedded import LEARNED
 from supmer_ray.errors import UserError
 from supmer_ray.files import read_sealed, seal, whole_folder
-from supmer_ray.meta.loop import METRICS_FILE
+from supmer_ray.meta.record import read_rows
 from supmer_ray.train import CHECKPOINT
 
 CARD = """# The meta-trained prompt and regularizer
@@ -57,14 +56,13 @@ def ship(run: Path, store: Path, folder: Path = LEARNED) -> None:
     manifest = read_manifest(store)
     if manifest.backbone.name != "embedded" or manifest.corpus != description["corpus"]:
         raise UserError(f"{run} was not meta-trained from {store} on the embedded backbone; name the store it read.")
-    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if row["kind"] == "step"]
+    steps = read_rows(run, "step")
     planned = description["run"]["meta"]["steps"]
     if not steps or steps[-1]["step"] < planned:
         raise UserError(f"{run} has not come to its last step, {planned}; resume it first.")
     if not description["run"]["regularizer"]["enabled"]:
         raise UserError(f"{run} was meta-trained without a regularizer; what ships has one.")
-    found = [row["validation"] for row in rows if row["kind"] == "validation"]
+    found = [row["validation"] for row in read_rows(run, "validation")]
     with whole_folder(folder) as partial:
         for file in ("prompt.safetensors", "regularizer.safetensors", "progress.json"):
             shutil.copy(checkpoint / file, partial / file)

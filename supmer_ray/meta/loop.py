@@ -9,7 +9,6 @@ is frozen and the step calls `autograd.grad` itself. Ray Train starts the worker
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -36,8 +35,6 @@ from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.tasks.batch import TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
-
-METRICS_FILE = "metrics.jsonl"
 
 REFUSAL_FILE = "refused.txt"
 """Where a worker leaves the sentence for a run that no restart could mend."""
@@ -173,91 +170,6 @@ class Learner:
         return {name: {"loss": loss, "accuracy": accuracy} for name, (loss, accuracy) in zip(types, means, strict=True)}
 
 
-class MetricsLog:
-    """Appends rows to `metrics.jsonl`; a resumed run first drops what its lost steps had written.
-
-    An object store cannot append: there, the file is written anew every few seconds and by `flush`.
-    """
-
-    REMOTE_SECONDS = 5.0
-
-    def __init__(self, out: Place, step: int) -> None:
-        self.out = out
-        self._rows: list[str] = []
-        for line in (out.read(METRICS_FILE) or "").splitlines():
-            try:
-                if json.loads(line)["step"] <= step and step > 0:
-                    self._rows.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break  # the line that a killed worker did not finish
-        self._write_all()
-
-    def _write_all(self) -> None:
-        self._written = time.monotonic()
-        self.out.write(METRICS_FILE, "".join(self._rows))
-
-    def flush(self) -> None:
-        """Write what is still held back."""
-        if self.out.remote:
-            self._write_all()
-
-    def write(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row) + "\n"
-        if self.out.remote:
-            self._rows.append(line)
-            if time.monotonic() - self._written > self.REMOTE_SECONDS:
-                self._write_all()
-            return
-        with (self.out.local / METRICS_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(line)
-
-
-class Record:
-    """Where the rows of a run go, from rank 0: its metrics file, the dashboard's series and the loggers.
-
-    Args:
-        step: the one that the run goes on from.
-        workers: how many share its tasks.
-    """
-
-    def __init__(self, config: RunConfig, out: Place, step: int, workers: int) -> None:
-        from supmer_ray.monitoring.loggers import open_loggers
-        from supmer_ray.monitoring.series import RunSeries
-
-        self._log = MetricsLog(out, step)
-        self._loggers = open_loggers(config, out, step)
-        self._series = RunSeries(out.name, config.tasks.tasks_per_step, workers)
-
-    def write(self, row: dict[str, Any]) -> None:
-        from supmer_ray.monitoring.loggers import figures
-
-        self._log.write(row)
-        self._series.row(row)
-        if found := dict(figures(row)):
-            for logger in self._loggers:
-                logger.log(row["step"], found)
-
-    def flush(self) -> None:
-        self._log.flush()
-
-    def close(self) -> None:
-        """Write what is still held back, however the run ended."""
-        self._log.flush()
-        self._series.close()
-        for logger in self._loggers:
-            logger.close()
-
-
-class NoRecord:
-    """That of the other workers."""
-
-    def write(self, row: dict[str, Any]) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Host(Protocol):
     """What runs a worker: Ray Train, or a trial of Ray Tune.
 
@@ -389,6 +301,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         UserError: settings, store and backbone do not fit each other.
         FloatingPointError: too many steps in a row whose gradient is not finite.
     """
+    from supmer_ray.meta.record import NoRecord, Record
     from supmer_ray.tasks.stream import ShardSource, ahead, stream_shards
 
     config, rank = plan.config, host.rank
