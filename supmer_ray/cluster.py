@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import socket
+import time
 from dataclasses import dataclass
 
 from supmer_ray.config import WorkersConfig
@@ -13,6 +14,9 @@ from supmer_ray.errors import UserError
 
 KNOCK_SECONDS = 20.0
 """How long a cluster may take to accept a connection."""
+
+SETTLE_SECONDS = 5.0
+"""How long what has just ended may take to give its CPUs back."""
 
 BUILDER_CPUS = 0.5
 """What a builder of meta-tasks reserves: it is idle most of the time, waiting for the training step."""
@@ -99,8 +103,12 @@ def waits_for(workers: WorkersConfig) -> str | None:
     """A sentence for a run that fits the cluster but not what is free of it now; it begins when others end."""
     import ray
 
-    need, free = needed_cpus(workers), ray.available_resources().get("CPU", 0.0)
-    return f"The run waits for {need:g} CPUs; {free:g} of the cluster's are free." if need > free else None
+    need, end = needed_cpus(workers), time.monotonic() + SETTLE_SECONDS
+    while (free := ray.available_resources().get("CPU", 0.0)) < need:
+        if time.monotonic() > end:
+            return f"The run waits for {need:g} CPUs; {free:g} of the cluster's are free."
+        time.sleep(0.5)
+    return None
 
 
 def require_room(resources: Resources, workers: WorkersConfig) -> None:

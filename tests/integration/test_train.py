@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import time
 
 import pytest
+import ray
 from faults import SETTINGS, assert_same_weights, kill_workers, rows_of
 from safetensors.torch import load_file
 
+from supmer_ray.cluster import waits_for
 from supmer_ray.config import PAPER_TASK_TYPES, PrepareConfig, load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import UserError
@@ -117,3 +120,14 @@ def test_what_only_a_worker_can_see_is_refused_once_and_leaves_nothing(tiny_stor
     with pytest.raises(UserError, match="was prepared with other weights"):
         train(load_run_config(None, SETTINGS), store, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_run_says_what_it_waits_for(ray_cluster):
+    workers = load_run_config(None, []).workers
+    assert waits_for(workers) is None
+    holder = ray.remote(num_cpus=1.5)(time.sleep).remote(60)
+    end = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0.0) > 0.5 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert waits_for(workers) == "The run waits for 1.5 CPUs; 0.5 of the cluster's are free."
+    ray.cancel(holder, force=True)
