@@ -137,7 +137,7 @@ def test_what_is_refused(prepared, files, tmp_path):
 def test_only_a_store_is_overwritten(prepared, tmp_path, files):
     _, config, _ = prepared
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="something else than a store"):
+    with pytest.raises(UserError, match="something else than this command writes"):
         prepare(config, tmp_path, overwrite=True)
     out = tmp_path / "store"
     small = config.model_copy(update={"domains": 2, "max_documents": 20})
