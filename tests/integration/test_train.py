@@ -125,7 +125,7 @@ def test_what_only_a_worker_can_see_is_refused_once_and_leaves_nothing(tiny_stor
 def test_a_run_says_what_it_waits_for(ray_cluster):
     workers = load_run_config(None, []).workers
     assert waits_for(workers) is None
-    holder = ray.remote(num_cpus=1.5)(time.sleep).remote(60)
+    holder = ray.remote(lambda: time.sleep(60)).options(num_cpus=1.5).remote()
     end = time.monotonic() + 30
     while ray.available_resources().get("CPU", 0.0) > 0.5 and time.monotonic() < end:
         time.sleep(0.2)
