@@ -91,7 +91,7 @@ def train(
         if overwrite:
             place.parent.delete(place.name)
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
-        if (sentence := waits_for(config.workers)) and progress:
+        if progress and (sentence := waits_for(config.workers)):
             progress({"kind": "notice", "step": 0, "text": sentence})
         settings = {"store": str(store), "config": config.model_dump(mode="json")}
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
