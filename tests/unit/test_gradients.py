@@ -62,7 +62,7 @@ def differences(found, wanted):
 def test_float32_is_within_1e_5_of_the_plain_library_step(model, work):
     """And its θ is as close to float64 as that of the plain step: what is left is rounding, on both sides.
 
-    Against float64, φ is left out: where rounding flips a relu of ψ, both float32 steps are off, on most processors alike.
+    Against float64, φ is left out: where rounding flips a relu of ψ, both float32 steps are off, mostly alike.
     """
     exact = gradients(backbone_of(model, torch.float64), work, torch.float64, plain=True)
     plain = gradients(backbone_of(model, torch.float32), work, torch.float32, plain=True)
