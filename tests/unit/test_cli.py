@@ -1,5 +1,7 @@
 """The command line: fast help, and every mistake one sentence with exit status 2 and nothing written."""
 
+import contextlib
+import io
 import resource
 import shutil
 import subprocess
@@ -9,19 +11,33 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from supmer_ray.cli import main
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "meta_step.safetensors"
 
 
-def supmer(*arguments, **options):
+def started(*arguments):
+    """What the command answers as a process of its own."""
     command = [sys.executable, "-c", "from supmer_ray.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def refused(*arguments):
-    done = supmer(*arguments)
+def supmer(*arguments):
+    """What the command answers in this process, which has what another would import for seconds."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, ended.value.code, output.getvalue(), errors.getvalue())
+
+
+def sentence(done):
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("supmer: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
+
+
+def refused(*arguments):
+    return sentence(supmer(*arguments))
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy():
@@ -34,7 +50,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "prepare" in supmer("--help").stdout
+        assert "prepare" in started("--help").stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5
@@ -97,7 +113,7 @@ def test_inputs_that_do_not_exist(tmp_path):
 
 def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    message = refused("prepare", "--source", "bbc", "--out", tmp_path / "out")
+    message = sentence(started("prepare", "--source", "bbc", "--out", tmp_path / "out"))
     assert "The Ray cluster at RAY_ADDRESS=127.0.0.1:9 does not answer (" in message and "unset RAY_ADDRESS" in message
     assert not (tmp_path / "out").exists()
 
