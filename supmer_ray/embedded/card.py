@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from supmer_ray.embedded.assemble import DECODER_LAYERS, SENTINEL_LIFT, TUNED_LAYERS
-from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, HINTS, SOURCES, WORD_SHARE
+from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, SOURCES
+from supmer_ray.embedded.words import HINTS, WORD_SHARE
 from supmer_ray.tasks.types import ANSWERS
 
 if TYPE_CHECKING:

@@ -32,19 +32,8 @@ from supmer_ray.embedded.assemble import (
     tuned_layers,
 )
 from supmer_ray.embedded.card import write_card
-from supmer_ray.embedded.corpus import (
-    SENTENCE_TOKENS,
-    WORD_SHARE,
-    Lexicon,
-    TaskStore,
-    WordExample,
-    WordExamples,
-    cluster,
-    embed,
-    random_rows,
-    read,
-    task_corpus,
-)
+from supmer_ray.embedded.corpus import SENTENCE_TOKENS, TaskStore, cluster, embed, read, task_corpus
+from supmer_ray.embedded.words import WORD_SHARE, Lexicon, WordExample, WordExamples, random_rows
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.tasks.formats import Formats

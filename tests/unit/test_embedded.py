@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from supmer_ray.config import EvaluateConfig, build, read_yaml
-from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, corpus, resolve
+from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, resolve, words
 from supmer_ray.embedded.assemble import load_encoder, tuned_layers
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
 from supmer_ray.errors import UserError
@@ -59,9 +59,9 @@ def test_folder_loads_with_the_auto_classes(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder, _ = load_encoder()
     weights = model.state_dict()
-    words = encoder.embeddings.word_embeddings.weight
-    assert weights["decoder.bert.embeddings.word_embeddings.weight"].equal(words)
-    assert weights["decoder.cls.predictions.decoder.weight"].equal(words)
+    rows = encoder.embeddings.word_embeddings.weight
+    assert weights["decoder.bert.embeddings.word_embeddings.weight"].equal(rows)
+    assert weights["decoder.cls.predictions.decoder.weight"].equal(rows)
     own = load_file(WEIGHTS)
     tuned = {f"encoder.layer.{number}" for number in tuned_layers(model)}
     for name, value in encoder.state_dict().items():
@@ -99,12 +99,12 @@ def test_it_names_words_under_a_prompt(folder):
 def test_examples_ask_for_whole_words_of_the_text(pretraining):
     generator = np.random.default_rng(0)
     vocabulary = pretraining.backbone.tokenizer.convert_ids_to_tokens(range(30522))
-    for kind in corpus.WORD_SHARE:
+    for kind in words.WORD_SHARE:
         for _ in range(20):
             example = pretraining.words["train"].draw(kind, generator)
             assert example.body.count(pretraining.backbone.sentinel) == 1
             assert example.shares.sum() == pytest.approx(1)
-            assert 1 <= len(example.words) <= corpus.ANSWERS
+            assert 1 <= len(example.words) <= words.ANSWERS
             assert all(vocabulary[word].isalpha() for word in example.words)
 
 
@@ -155,5 +155,5 @@ def test_training_resumes_exactly(pretraining, tmp_path):
 def test_card_stands_beside_the_weights():
     text = WEIGHTS.with_name("CARD.md").read_text(encoding="utf-8")
     assert "pretrain_backbone.py" in text
-    for kind in (*corpus.WORD_SHARE, *ANSWERS):
+    for kind in (*words.WORD_SHARE, *ANSWERS):
         assert f"| {kind} |" in text
