@@ -99,7 +99,7 @@ class Plan:
         data: folder with the benchmarks' published files, for tasks that have such a layout.
 
     Raises:
-        UserError: a method is named twice, or a checkpoint is for none of them.
+        UserError: two methods have one name, or a checkpoint is for none of them.
     """
 
     suite: Suite
@@ -112,8 +112,7 @@ class Plan:
     data: Path | None = None
 
     def __post_init__(self) -> None:
-        if len({method.name for method in self.methods}) < len(self.methods):
-            raise UserError("A method is named twice; name each once.")
+        _once([method.name for method in self.methods], "methods")
         for name in self.checkpoints or {}:
             if name not in [method.name for method in self.methods if method.meta is not None]:
                 raise UserError(f"The checkpoint for '{name}' is for no method that is compared and meta-trained.")
@@ -239,7 +238,6 @@ def _read_tasks(plan: Plan) -> dict[str, TaskRows]:
 
 def _check(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
     """Refuse now what a cell would refuse later: labels, too few rows, settings, missing checkpoints."""
-    _once([method.name for method in plan.methods], "methods")
     _once([rows[name].definition.name for name in rows], "tasks")
     _once([entry.train for entry in plan.suite.tasks], "entries")
     for cell in plan.cells():

@@ -138,7 +138,7 @@ def test_refusals_come_before_any_work(plan, tmp_path):
     curve = Curve(name="c", key="adapt.shotz", values=(3, 4))
     refused(r"Unknown key 'adapt.shotz' in curve 'c'; did you mean 'shots'", plan(["zero-shot"], curve=curve))
     refused(r"holds no evaluation to resume", plan(["zero-shot"]), resume=True)
-    with pytest.raises(UserError, match="A method is named twice"):
+    with pytest.raises(UserError, match="Two methods of the comparison have the name"):
         plan(["zero-shot", "zero-shot"])
     with pytest.raises(UserError, match="The checkpoint for 'supmer' is for no method that is compared"):
         plan(["zero-shot"], checkpoints={"supmer": tmp_path})
