@@ -216,7 +216,9 @@ def _is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if any(_is_disk_full(worker) for worker in getattr(error, "worker_failures", {}).values()):
+        # Ray Train's errors hold what failed beside themselves, in the workers or in its controller's own notes.
+        behind = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+        if any(_is_disk_full(failure) for failure in behind):
             return True
         error = getattr(error, "cause", None) or error.__cause__
     return False
