@@ -279,7 +279,7 @@ class MetaStep:
         rows, partner = self._rows(batch.query, index, widths), self._rows(batch.partner, index, widths)
         states, _ = encode_prompted(self.backbone, at, Rows.concat(rows, partner))
         own_states, partner_states = states.chunk(2)
-        union = Layout(rows.layout.widths, rows.layout.widths).behind(at.shape[1])
+        union = rows.layout.union(partner.layout).behind(at.shape[1])
         keep = to_device(mixing, states.device).to(states.dtype)[union.examples(states.device), None]
         mixed = keep * own_states + (1 - keep) * partner_states
         # A mixed example may have the answers of both; one that they share stands there once.

@@ -19,20 +19,22 @@ class LibraryForward:
 
     def encode(self, embeddings: Tensor, layout: Layout) -> Tensor:
         """Packed (N, d) embeddings → packed (N, d) last hidden states."""
-        rectangle, _ = layout.rectangle(embeddings)
-        keys = torch.tensor(layout.keys)[:, None]
-        mask = (torch.arange(rectangle.shape[1]) < keys).long().to(embeddings.device)
-        rectangle = rectangle.to(self._model.dtype)
-        states = self._model.get_encoder()(inputs_embeds=rectangle, attention_mask=mask).last_hidden_state
+        rectangle, held = layout.rectangle(embeddings.to(self._model.dtype))
+        states = self._model.get_encoder()(inputs_embeds=rectangle, attention_mask=_mask(rectangle, held))
+        states = states.last_hidden_state
         return torch.cat([own[:width] for own, width in zip(states.unbind(), layout.widths, strict=True)])
 
     def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor) -> Tensor:
         """Packed (N, d) states, (B, T) decoder ids → (B, T, vocabulary) logits."""
         rectangle, held = layout.rectangle(states)
-        mask = torch.ones(rectangle.shape[:2], device=states.device) if held is None else held
         return self._model(
             encoder_outputs=BaseModelOutput(last_hidden_state=rectangle),
-            attention_mask=mask.long(),
+            attention_mask=_mask(rectangle, held),
             decoder_input_ids=decoder_ids,
             use_cache=False,
         ).logits
+
+
+def _mask(rectangle: Tensor, held: Tensor | None) -> Tensor:
+    """(B, L) 1 at the positions that count."""
+    return (torch.ones(rectangle.shape[:2], device=rectangle.device) if held is None else held).long()

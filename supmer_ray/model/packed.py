@@ -68,6 +68,10 @@ class Layout:
         """Whether all examples have the same width."""
         return len(set(self.widths)) == 1
 
+    def union(self, other: Layout) -> Layout:
+        """Of two layouts of the same widths: a position is a key if it is one in either."""
+        return Layout(self.widths, tuple(map(max, self.keys, other.keys)))
+
     def behind(self, rows: int) -> Layout:
         """The layout with `rows` more positions before each example: its soft prompt."""
         return Layout(tuple(w + rows for w in self.widths), tuple(k + rows for k in self.keys))
@@ -86,21 +90,21 @@ class Layout:
         """(B, L) of examples of equal width: `MASKED_SCORE` at padded keys, 0 elsewhere; made once for all layers."""
         key = (like.device, like.dtype)
         if key not in self._made:
-            padded = torch.arange(self.widths[0]) >= torch.tensor(self.keys)[:, None]
-            self._made[key] = moved((padded * MASKED_SCORE).to(like.dtype), like.device)
+            self._made[key] = moved((~self._held() * MASKED_SCORE).to(like.dtype), like.device)
         return self._made[key]
 
     def rectangle(self, packed: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Packed (N, d) → (B, longest, d), and a mask (B, longest) of the positions, None where all are.
-
-        Padding that was encoded counts as a position here.
-        """
+        """Packed (N, d) → (B, longest, d), and a mask (B, longest) of the keys, None where every position is one."""
         longest = max(self.widths)
-        if min(self.widths) == longest:
-            return packed.view(len(self), longest, -1), None
-        rectangle = pad_sequence(list(packed.split(self.widths)), batch_first=True)
-        held = torch.arange(longest) < torch.tensor(self.widths)[:, None]
-        return rectangle, moved(held, packed.device)
+        if self.equal:
+            rectangle = packed.view(len(self), longest, -1)
+        else:
+            rectangle = pad_sequence(list(packed.split(self.widths)), batch_first=True)
+        return rectangle, None if min(self.keys) == longest else moved(self._held(), packed.device)
+
+    def _held(self) -> Tensor:
+        """(B, longest) whether each place holds a key."""
+        return torch.arange(max(self.widths)) < torch.tensor(self.keys)[:, None]
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

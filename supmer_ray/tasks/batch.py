@@ -177,7 +177,7 @@ def collate(
     device = torch.device(device)
     lengths = examples.lengths[rows]
     widths = lengths if widths is None else widths
-    if device.type == "cuda":
+    if one_shape(device):
         widths = np.full(len(rows), -(-int(widths.max()) // ALIGNMENT) * ALIGNMENT)
     real = np.concatenate([np.arange(width) < length for width, length in zip(widths, lengths, strict=True)])
     ids = np.full(int(widths.sum()), pad, np.int64)
@@ -200,6 +200,11 @@ def collate(
         owners=tuple(task.tolist()),
         vectors=to_device(examples.vectors, device) if examples.vectors.shape[1] else None,
     )
+
+
+def one_shape(device: torch.device) -> bool:
+    """Whether examples are padded to one shape there: a GPU takes them in one kernel, and a CPU would only do more."""
+    return device.type == "cuda"
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
