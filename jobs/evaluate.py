@@ -2,11 +2,11 @@
 
     RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . \\
         --runtime-env jobs/runtime-env.yaml -- \\
-        python jobs/evaluate.py --suite open --out /shared/results/open
+        python jobs/evaluate.py --suite open --store /shared/store --out /shared/results/open
 
 Submit it from the project's folder. The token is in `~/.ray/auth_token` of the head; from another machine, put
-it there or into `RAY_AUTH_TOKEN`. The options are those of `supmer evaluate`. `--out` is a path that
-every node sees.
+it there or into `RAY_AUTH_TOKEN`. The options are those of `supmer evaluate`. `--store`, `--out` and checkpoints
+are absolute paths that every node sees. A job that was stopped goes on with `--resume` behind the same command.
 """
 
 import sys

@@ -5,9 +5,9 @@
         python jobs/pretrain_backbone.py --output /shared/backbone
 
 Submit it from the project's folder. The token is in `~/.ray/auth_token` of the head; from another machine, put
-it there or into `RAY_AUTH_TOKEN`. It is one process that needs no Ray of its own, on the head; run it again with the
-same settings to go on from the last checkpoint. The package ships the `weights.safetensors` and the `CARD.md` that it
-writes.
+it there or into `RAY_AUTH_TOKEN`. It is one process that needs no Ray of its own, on the head, where
+`--output` is an absolute path; run it again with the same settings to go on from the last checkpoint. The package
+ships the `weights.safetensors` and the `CARD.md` that it writes.
 """
 
 from __future__ import annotations
