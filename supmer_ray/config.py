@@ -3,7 +3,8 @@
 A `RunConfig` says everything about a meta-training run except where its store and output lie. Every
 value is checked when the file is read: an unknown key is refused with the nearest valid one, an
 impossible value with the range that is allowed, and two settings that contradict each other by name.
-Defaults are the reference's values (SUPMER, appendix A) unless a comment says otherwise.
+Defaults are the reference's values (SUPMER, appendix A) unless a comment says otherwise; on the embedded backbone,
+`supmer train`, `adapt` and `evaluate` start from `embedded/settings.yaml` instead.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class ScheduleConfig(_Section):
     validation_tasks: int = Field(4, ge=1, description="fixed validation tasks of each type in the mixture")
     checkpoint_every: int = Field(100, ge=1)
     stop_after_bad_steps: int = Field(
-        5, ge=1, description="stop after this many steps in a row with a loss that is not finite"
+        5, ge=1, description="stop after this many steps in a row with a gradient that is not finite"
     )
 
 
@@ -237,7 +238,7 @@ class DimensionConfig(_Section):
 
 
 class AdaptConfig(_Section):
-    """Few-shot adaptation (spec: prompt tuning with ψ fixed, dev-split selection)."""
+    """Few-shot adaptation: prompt tuning with ψ fixed, the step chosen on the dev split."""
 
     shots: int = Field(16, ge=1, description="K, training examples a class; the dev split has as many")
     steps: int = Field(200, ge=1)
