@@ -17,7 +17,7 @@ from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
-"""The module that each logger needs; `pip install supmer-ray[NAME]` brings it."""
+"""The module that each logger needs; `pip install -c constraints.txt -e ".[NAME]"` in our folder brings it."""
 
 
 class Logger(Protocol):
@@ -40,7 +40,7 @@ def require_loggers(names: Sequence[str], out: Place) -> None:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(
                 f"monitoring.loggers names '{name}', but {PACKAGES[name]} is not installed; "
-                f"install supmer-ray[{name}], or leave it out."
+                f"write pip install -c constraints.txt -e '.[{name}]' in the project's folder, or leave it out."
             )
         if out.remote:
             raise UserError(f"'{name}' of monitoring.loggers writes to a path, not to {out}; leave it out.")
