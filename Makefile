@@ -37,4 +37,4 @@ test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
