@@ -58,7 +58,9 @@ Progress = Callable[[str, int, int | None, str], None]
 """Called as (stage, done, total or None, unit) whenever a batch has arrived."""
 
 ITEMS_A_DOMAIN = 20
-"""A family needs this many items for each domain on average: fewer leave no query set beside the support set."""
+"""A family needs this many items for each domain on average: the fewer a domain holds, the more of them a task repeats,
+so that its query set asks what its support set has shown.
+"""
 
 PAIR_SHARE = 0.1
 """Text with fewer pairs than this share of its sentences is taken for single sentences, without pair families."""

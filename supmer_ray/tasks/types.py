@@ -156,10 +156,16 @@ class TaskDraw:
         return words
 
     def _items(self, domain: int) -> Iterator[int]:
-        """The domain's items in random order, again and again."""
+        """The domain's items in random order, again and again, never one twice in a row."""
         rows = self.family.rows(int(domain), self.split)
+        last = None
         while True:
-            yield from map(int, self.generator.permutation(rows))
+            order = self.generator.permutation(rows)
+            if order[0] == last:
+                # An anchor must not be its own partner.
+                order[[0, -1]] = order[[-1, 0]]
+            yield from map(int, order)
+            last = order[-1]
 
     def _other(self, domains: np.ndarray) -> int:
         """An item of a uniformly drawn other domain of the family."""
