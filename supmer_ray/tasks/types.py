@@ -202,8 +202,8 @@ class TaskDraw:
     def _nss(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
         row = next(items[0])
         near = self._same_document(row, [row, row + 1, row + 2])
-        distractors = [near if near is not None else self._foreign(row), self._foreign(row), self._foreign(row)]
-        distractors = [int(d) for d in self.generator.permutation(distractors)]
+        assert near is not None, "the store keeps contexts of documents with four or more sentences only"
+        distractors = [int(d) for d in self.generator.permutation([near, self._foreign(row), self._foreign(row)])]
         candidates = [*distractors[:answer], row + 2, *distractors[answer:]]
         anchor = np.concatenate([self.store.tokens(row), self.store.tokens(row + 1)])
         return self.formats.multiple_choice(anchor, [self.store.tokens(c) for c in candidates])
