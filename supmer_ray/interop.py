@@ -39,5 +39,5 @@ def regularizer_from_reference(tensors: Mapping[str, Tensor], prefix: str = "") 
     with torch.no_grad():
         for name, parameter in regularizer.named_parameters():
             value = tensors[prefix + _reference_name(name)]
-            parameter.data = value.clone().to(value.dtype)
+            parameter.data = value.clone()
     return regularizer
