@@ -5,7 +5,8 @@ import json
 import pytest
 
 from supmer_ray.errors import UserError
-from supmer_ray.fewshot.definition import builtin_definitions, load_definition
+from supmer_ray.fewshot import builtin
+from supmer_ray.fewshot.definition import load_definition
 
 QUOTED = 'He said "fine" , twice'
 
@@ -67,7 +68,7 @@ def test_reads_the_published_layout(name, tmp_path):
 
 
 def test_all_thirteen_have_a_published_layout_and_the_catalog_has_none():
-    with_layout = {name for name in builtin_definitions() if load_definition(name).published}
+    with_layout = {name for name in builtin.names("definitions") if load_definition(name).published}
     assert with_layout == {*TSV, *JSONL, *CSV} and len(with_layout) == 13
     own = load_definition("bbc-topic")
     assert own.from_folder("/nowhere") is own
@@ -106,3 +107,9 @@ def test_where_keeps_the_rows_with_these_values(tmp_path):
     (tmp_path / "t.yaml").write_text(source % "w")
     with pytest.raises(UserError, match=r"No row of .*rows.csv passes the 'where' of task 't'"):
         load_definition(tmp_path / "t.yaml").read()
+
+
+@pytest.mark.parametrize("name", TSV)
+def test_the_hub_and_the_files_give_the_same_split(name):
+    definition = load_definition(name)
+    assert definition.published.test.stem == "dev" and definition.data.dataset.splits.test == "validation"
