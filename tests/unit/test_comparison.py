@@ -102,4 +102,4 @@ def test_markdown_says_what_the_summary_says():
     assert "| supmer | +5.3 [" in text and "| a | supmer | 68.0 | 67.0 | 1.0 | +11.7 [" in text
     assert "a → b" in text and "| supmer | 2.0 | 100 |" in text
     only = markdown(table[table["method"] == "supmer"], "prompt-tuning", "T", "N")
-    assert "Paired" not in only and "| a | supmer | 68.0 | 67.0 | 1.0 | – | – |" in only
+    assert "Difference to" not in only and "| a | supmer | 68.0 | 67.0 | 1.0 | – | – |" in only
