@@ -4,7 +4,7 @@ Record batches of sentences flow in through `SentenceWriter`, clustered items th
 meta-task builders read single rows back through `Store`. Everything large is memory-mapped, so that
 random access costs no memory and the processes of a node share one copy in the page cache.
 
-    sentences.arrow         document int64, position int32, text string, tokens list<int32> (no special tokens)
+    sentences.arrow         document int64, text string, tokens list<int32> (no special tokens)
     documents.npy           (documents + 1,) int64, the first row of each document
     FAMILY.rows.npy         (items,) int64 sentence rows, domain by domain, train before validation
     FAMILY.safetensors      centroids (domains, d) float32, starts (domains + 1,), train_ends (domains,) int64,
@@ -39,9 +39,7 @@ SENTENCES = "sentences.arrow"
 DOCUMENTS = "documents.npy"
 MANIFEST = "manifest.json"
 
-SCHEMA = pa.schema(
-    [("document", pa.int64()), ("position", pa.int32()), ("text", pa.string()), ("tokens", pa.list_(pa.int32()))]
-)
+SCHEMA = pa.schema([("document", pa.int64()), ("text", pa.string()), ("tokens", pa.list_(pa.int32()))])
 BATCH_ROWS = 8192
 """Rows of every record batch but the last: fixed, so that the file does not depend on how the data arrived."""
 
@@ -261,7 +259,6 @@ class SentenceWriter:
         table = pa.table(
             {
                 "document": np.repeat(np.arange(len(counts)) + self.documents, counts),
-                "position": np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts),
                 "text": texts.flatten(),
                 "tokens": ids,
             }
