@@ -136,10 +136,7 @@ class MetaState:
         Args:
             identity: what the checkpoint belongs to: the backbone's name and fingerprint, the store's.
         """
-        save_file(
-            {"prompt": self.prompt.detach().cpu(), "inner_rates": self.inner_rates().cpu()},
-            folder / "prompt.safetensors",
-        )
+        save_file({"prompt": self.prompt.detach().cpu()}, folder / "prompt.safetensors")
         if phi := {name: value.detach().cpu().contiguous() for name, value in self.regularizer.named_parameters()}:
             save_file(phi, folder / "regularizer.safetensors")
         moments = {
