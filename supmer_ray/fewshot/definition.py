@@ -251,11 +251,6 @@ def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:
     return [(text, name) for text, name, _, _ in parts]
 
 
-def builtin_definitions() -> list[str]:
-    """Names of the tasks that come with the package."""
-    return builtin.names("definitions")
-
-
 def load_definition(task: str | Path) -> TaskDefinition:
     """A task from its YAML file, or a built-in one by name.
 

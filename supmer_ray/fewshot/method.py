@@ -74,11 +74,6 @@ def changed(section: Section, changes: Mapping[str, Any], where: str) -> Section
     return build(type(section), values, where)
 
 
-def builtin_methods() -> list[str]:
-    """Names of the methods that come with the package."""
-    return builtin.names("methods")
-
-
 def load_method(name: str | Path) -> Method:
     """A method from its YAML file, or a built-in one by name.
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from supmer_ray.errors import UserError
-from supmer_ray.fewshot.definition import builtin_definitions, load_definition, pattern_parts
+from supmer_ray.fewshot import builtin
+from supmer_ray.fewshot.definition import load_definition, pattern_parts
 
 ROWS = [
     {"title": "a fine day", "body": "sun and wind", "kind": "good"},
@@ -152,7 +153,7 @@ def test_refuses_a_damaged_file(tmp_path, name, text, message):
 
 
 def test_builtin_definitions_load_and_an_unknown_name_is_answered():
-    names = builtin_definitions()
+    names = builtin.names("definitions")
     assert {"bbc-topic", "subjectivity", "film-sentiment", "product-sentiment"} <= set(names)
     for name in names:
         assert load_definition(name).name == name

@@ -14,7 +14,7 @@ from supmer_ray.fewshot.definition import TaskDefinition, load_definition
 from supmer_ray.fewshot.encoding import TaskEncoder
 from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
 from supmer_ray.fewshot.finetune import finetune
-from supmer_ray.fewshot.method import Method, builtin_methods, load_method
+from supmer_ray.fewshot.method import Method, load_method
 from supmer_ray.fewshot.probe import features
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import load_curve, load_suite
@@ -149,7 +149,7 @@ def test_other_labels_are_refused(backbone, mood):
 
 
 def test_every_builtin_method_fits_the_schema():
-    names = builtin_methods()
+    names = builtin.names("methods")
     assert {"ft", "prompt-tuning", "ppt", "metapt", "supmer", "zero-shot", "linear-probe"} <= set(names)
     configs = {}
     for name in names:
