@@ -68,10 +68,6 @@ class TaskEncoder:
     def __init__(self, backbone: Backbone, definition: TaskDefinition, *, max_length: int, pattern: int = 0) -> None:
         self.backbone = backbone
         self.definition = definition
-        # BPE vocabularies (BART) tell " word" from "word"; where the space is a token of its own, or
-        # is added anyway (T5), writing it would change the ids or nothing.
-        spaced, bare = backbone.tokenize([" a", "a"])
-        self._space = " " if len(spaced) == len(bare) else ""
         special = {*backbone.tokenizer.all_special_ids, backbone.sentinel, backbone.closing}
         self._special = special - {backbone.tokenizer.unk_token_id}
         self._parts = self._pattern_tokens(definition.patterns[pattern])
@@ -106,7 +102,7 @@ class TaskEncoder:
         return parts
 
     def _tokenize(self, texts: Sequence[str], *, spaced: bool) -> list[list[int]]:
-        lead = self._space if spaced else ""
+        lead = self.backbone.word_space if spaced else ""
         stripped = [text.strip() for text in texts]
         ids = self.backbone.tokenize([lead + text if text else "" for text in stripped])
         # A text that spells out a special token ("<mask>") must not become one.

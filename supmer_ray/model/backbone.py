@@ -132,6 +132,16 @@ class Backbone:
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
+    @cached_property
+    def word_space(self) -> str:
+        """What to write before a word that stands behind other text: a space where the vocabulary tells " a" from "a".
+
+        Byte-level BPE (BART) does. Where the space is a token of its own, or is added anyway (T5), writing it would
+        change the ids or nothing.
+        """
+        spaced, bare = self.tokenize([" a", "a"])
+        return " " if spaced != bare and len(spaced) == len(bare) else ""
+
     def word_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens begin a word of three letters or more, and which go on with the word before: (vocabulary,) bool.
 

@@ -89,7 +89,9 @@ class Formats:
             UserError: two answers begin with the same token, so that the model could not tell them apart.
         """
         answers = (*PAIR_ANSWERS, *LETTERS)
-        words = {word: ids[0] for word, ids in zip(answers, backbone.tokenize(answers), strict=True)}
+        # Behind the sentinel, and in the marks of the options, an answer is a word of its own.
+        spaced = backbone.tokenize([backbone.word_space + answer for answer in answers])
+        words = {word: ids[0] for word, ids in zip(answers, spaced, strict=True)}
         for group in (PAIR_ANSWERS, LETTERS):
             if len({words[word] for word in group}) < len(group):
                 raise UserError(
@@ -98,9 +100,13 @@ class Formats:
                 )
         marks = backbone.tokenize([("? A." if letter == "A" else f". {letter}.") for letter in LETTERS])
 
+        def piece(text: str) -> tuple[int, ...]:
+            lead = backbone.word_space if text[:1].isspace() else ""
+            return tuple(backbone.tokenize([lead + text.strip()])[0]) if text.strip() else ()
+
         def ids(text: str) -> tuple[int, ...]:
             before, mask, after = text.partition("{mask}")
-            pieces = [tuple(backbone.tokenize([part.strip()])[0]) if part.strip() else () for part in (before, after)]
+            pieces = [piece(part) for part in (before, after)]
             return (*pieces[0], backbone.sentinel, *pieces[1]) if mask else pieces[0]
 
         tails = [tail.split("{text}") for tail in TAILS]

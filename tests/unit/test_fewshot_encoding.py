@@ -12,7 +12,7 @@ from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.formats import shortened
-from tests.tiny import make_tiny_t5
+from tests.tiny import make_tiny_bart, make_tiny_t5
 
 TEXT = "the film was great terrible and a fine story about rain question answer yes no in sunny places"
 WORDS = TEXT.split()
@@ -98,45 +98,7 @@ def test_targets_and_answers(backbone):
 
 def test_bart_words_keep_their_leading_space(tmp_path):
     """A byte-level BPE tells " great" from "great": inside a text the spaced word is meant."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        special_tokens=special,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), " ".join(reversed(WORDS))] * 20, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        sep_token="</s>",
-        cls_token="<s>",
-    )
-    config = BartConfig(
-        vocab_size=len(fast),
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=64,
-    )
-    BartForConditionalGeneration(config).save_pretrained(tmp_path)
-    fast.save_pretrained(tmp_path)
-    bart = load_backbone(str(tmp_path))
+    bart = load_backbone(str(make_tiny_bart(tmp_path, [" ".join(WORDS), " ".join(reversed(WORDS))] * 20)))
     encoder = TaskEncoder(bart, definition("{a} was {mask} and {b}"), max_length=50)
     assert encoder.verbalizer_ids.tolist() == [row[0] for row in bart.tokenize([" great", " terrible"])]
     before, after = bart.tokenize(["the film was", " and rain"])

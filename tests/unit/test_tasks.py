@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_tiny_bart, make_tiny_t5
 
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, PrepareConfig, TasksConfig
 from supmer_ray.data.store import (
@@ -24,6 +25,7 @@ from supmer_ray.data.store import (
     write_manifest,
 )
 from supmer_ray.errors import UserError
+from supmer_ray.model.backbone import load_backbone
 from supmer_ray.model.prompted import micro_batches
 from supmer_ray.tasks.batch import Examples, TaskBatch, collate
 from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
@@ -265,6 +267,25 @@ def test_no_format_exceeds_its_length_or_loses_its_frame(parts, max_length):
     for ids in (choice, single):
         assert ids[-2 - len(QUESTION) : -2] == list(QUESTION)
         assert [t for t in ids if t in (31, 33, 34, 35)] == [31, 33, 34, 35]
+
+
+SPELLED = [
+    f"it is a text ? {letter}. about it . {letter}. {word} , {word} : topic" for letter in LETTERS for word in WORDS
+]
+
+
+@pytest.mark.parametrize(("make", "space"), [(make_tiny_bart, " "), (make_tiny_t5, "")])
+def test_answers_are_the_tokens_of_words_behind_a_space(tmp_path, make, space):
+    """A byte-level BPE tells " A" from "A"; what is asked for is the letter that the options show."""
+    backbone = load_backbone(str(make(tmp_path, SPELLED * 5)))
+    formats = Formats.of(backbone, 60, 20, 10)
+    assert backbone.word_space == space
+    for word, number in formats.words.items():
+        assert [number] == backbone.tokenize([space + word])[0]
+    for letter, mark in zip(LETTERS, formats.option_marks, strict=True):
+        assert formats.words[letter] in mark
+    before, after = backbone.tokenize([f"{space}topic :", f"{space}."])
+    assert formats.tails[0] == ((), (*before, backbone.sentinel, *after))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 40))
