@@ -41,7 +41,7 @@ class SplitNames(_Section):
 
 
 class DatasetSplits(_Section):
-    """A data set of the hub, or a folder that the `datasets` library reads."""
+    """A data set of the hub, or a folder that the `datasets` library reads; a relative one starts at the YAML's."""
 
     name: str
     config: str | None = None
@@ -263,13 +263,16 @@ def load_definition(task: str | Path) -> TaskDefinition:
 
 
 def _anchored(definition: TaskDefinition, folder: Path) -> TaskDefinition:
-    """The definition with its file paths made absolute, so that it means the same everywhere."""
+    """The definition with its paths made absolute, so that it means the same everywhere."""
     data = definition.data
     if data.published is not None:
         data = DataSource(published=data.published.below(folder))
     elif data.files is not None:
         train, test = ((folder / file).resolve() for file in (data.files.train, data.files.test))
         data = DataSource(files=FileSplits(train=train, test=test))
+    elif data.dataset is not None and (folder / data.dataset.name).is_dir():
+        place = str((folder / data.dataset.name).resolve())
+        data = DataSource(dataset=data.dataset.model_copy(update={"name": place}))
     return definition.model_copy(update={"data": data})
 
 

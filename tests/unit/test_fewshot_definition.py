@@ -63,7 +63,7 @@ def test_reads_other_formats_with_numbers_for_labels(tmp_path, ending):
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk):
+def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk, monkeypatch):
     folder = tmp_path / "set"
     if on_disk:
         features = datasets.Features(
@@ -80,6 +80,9 @@ def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk):
     source = {"dataset": {"name": str(folder), "splits": {"train": "train", "test": "validation"}}}
     frames = load_definition(task(tmp_path, data=source)).read()
     assert frames["test"]["kind"].tolist() == ["good", "bad"]
+    monkeypatch.chdir("/")
+    source["dataset"]["name"] = "set"  # beside the YAML, not in the working folder
+    assert load_definition(task(tmp_path, data=source)).read()["test"].equals(frames["test"])
     source["dataset"]["splits"]["test"] = "validatoin"
     with pytest.raises(UserError, match=r"has no split 'validatoin'; did you mean 'validation'"):
         load_definition(task(tmp_path, data=source)).read()
