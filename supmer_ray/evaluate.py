@@ -367,6 +367,7 @@ def _run_cell(
         cell.config(),
         checkpoint=load_checkpoint(checkpoint, backbone) if checkpoint else None,
         prompt_length=config.run.prompt.length,
+        vocabulary_rows=config.run.prompt.vocabulary_rows,
         pattern=config.pattern,
         token_budget=config.tokens_per_micro_batch,
     )

@@ -88,6 +88,7 @@ def evaluate_method(
     *,
     checkpoint: Checkpoint | None = None,
     prompt_length: int = 10,
+    vocabulary_rows: int = 5000,
     pattern: int = 0,
     token_budget: int = 4096,
     progress: Progress | None = None,
@@ -100,6 +101,7 @@ def evaluate_method(
         checkpoint: where the prompt starts and which ψ regularizes its gradient; None: vocabulary rows
             and the raw gradient.
         prompt_length: rows of a prompt that starts from vocabulary rows.
+        vocabulary_rows: the ids of those rows are below this.
         pattern: number of the pattern; a task that has fewer uses its last.
 
     Raises:
@@ -122,7 +124,7 @@ def evaluate_method(
             _encoder(backbone, target.definition, limit, pattern).split(test)
             for target, test in zip(targets, tests, strict=True)
         ]
-        runs = _runs(backbone, encoder, draws, seeds, checkpoint, rows)
+        runs = _runs(backbone, encoder, draws, seeds, checkpoint, rows, vocabulary_rows)
         if method.learns == "prompt":
             learned = _prompts(backbone, runs, splits, config, token_budget, progress)
         elif method.learns == "weights":
@@ -180,7 +182,13 @@ def _runs(
     seeds: Sequence[int],
     checkpoint: Checkpoint | None,
     prompt_length: int,
+    vocabulary_rows: int = 5000,
 ) -> list[AdaptRun]:
+    def prompt(seed: int) -> Tensor:
+        if checkpoint:
+            return checkpoint.prompt.cpu()
+        return vocabulary_prompt(backbone, prompt_length, seed, below=vocabulary_rows)
+
     # One object for all runs: runs that share their regularizer are regularized in one call.
     regularizer = checkpoint.regularizer if checkpoint else IdentityRegularizer()
     return [
@@ -190,7 +198,7 @@ def _runs(
             dev=encoder.split(drawn.dev),
             verbalizer_ids=encoder.verbalizer_ids,
             seed=seed,
-            prompt=checkpoint.prompt.cpu() if checkpoint else vocabulary_prompt(backbone, prompt_length, seed),
+            prompt=prompt(seed),
             regularizer=regularizer,
         )
         for drawn, seed in zip(draws, seeds, strict=True)
@@ -293,7 +301,7 @@ def adapt_task(
         tokenizer_fingerprint=backbone.tokenizer_fingerprint,
         config=config,
         seed=seed,
-        regularized=checkpoint is not None,
+        regularized=checkpoint is not None and checkpoint.config.regularizer.enabled,
         best_step=result.best.step,
         dev_accuracy=result.best.accuracy,
         test_accuracy=result.test_accuracy,

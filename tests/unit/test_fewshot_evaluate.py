@@ -1,5 +1,7 @@
 """Methods as settings of one code path: what each learns, what it leaves alone, and what is refused."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,13 +14,13 @@ from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.adapt import AdaptRun, adapt, score, vocabulary_prompt
 from supmer_ray.fewshot.definition import TaskDefinition, load_definition
 from supmer_ray.fewshot.encoding import TaskEncoder
-from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
+from supmer_ray.fewshot.evaluate import TaskRows, adapt_task, evaluate_method, require_same_labels
 from supmer_ray.fewshot.finetune import finetune
 from supmer_ray.fewshot.method import Method, load_method
 from supmer_ray.fewshot.probe import features
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import load_curve, load_suite
-from supmer_ray.meta.state import Checkpoint
+from supmer_ray.meta.state import Checkpoint, make_regularizer
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
 
@@ -77,6 +79,29 @@ def test_a_prompt_learns_what_it_learns_alone(backbone, mood, other):
             assert one.test_accuracy == pytest.approx((probabilities.argmax(axis=1) == split.answers).mean())
             assert (one.dev_accuracy, one.best_step) == (alone.best.accuracy, alone.best.step)
             assert one.trained_parameters == 5 * 32 and one.shots == 4 and one.seconds > 0
+
+
+def test_a_prompt_starts_from_the_vocabulary_rows_that_were_asked_for(backbone, mood, monkeypatch):
+    started = []
+
+    def watched(backbone, runs, *arguments, **options):
+        started.extend(run.prompt for run in runs)
+        return adapt(backbone, runs, *arguments, **options)
+
+    monkeypatch.setattr("supmer_ray.fewshot.evaluate.adapt", watched)
+    outcomes(backbone, load_method("prompt-tuning"), mood, [mood], vocabulary_rows=1)
+    assert len(started) == 2
+    for prompt in started:
+        assert torch.equal(prompt, backbone.embedding.weight[[0] * 5])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_record_says_whether_psi_was_applied(backbone, mood, tmp_path, monkeypatch, enabled):
+    monkeypatch.setattr(TaskDefinition, "read", lambda self: mood.frames)
+    config = RunConfig.model_validate({"regularizer": {"enabled": enabled}})
+    start = Checkpoint(vocabulary_prompt(backbone, 3, 7), make_regularizer(config, 32), config, {})
+    adapt_task(backbone, mood.definition, start, 0, CONFIG, tmp_path / "out", prompt_length=3)
+    assert json.loads((tmp_path / "out" / "adapted.json").read_text())["regularized"] == enabled
 
 
 def test_a_checkpoint_gives_prompt_and_regularizer(backbone, mood):
