@@ -12,6 +12,7 @@ tasks; each leaves a file when it is done, so that an evaluation that was killed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -48,6 +49,8 @@ from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
 DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
 TABLE, SUMMARY, GAPS = "table.md", "table.csv", "gaps.csv"
 _CELLS, _STORES, _RUNS = "cells", "stores", "runs"
+LONGEST_PART = 60
+"""Characters of a label or name that stand in a file's name; the rest is told apart by a digest."""
 
 Progress = Callable[[str, int, int | None, str], None]
 """Called with what is being done, how much of it is done, of how much (if known), and in what unit."""
@@ -79,7 +82,7 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for the cell's file."""
-        return _file_name(self.point.label, self.entry.train, self.method.name)
+        return _file_name(self.point.label, _task_name(self.entry.train), self.method.name)
 
     def config(self) -> AdaptConfig:
         """How this cell adapts: the point's settings with the method's changes and the entry's limit on K."""
@@ -112,7 +115,7 @@ class Plan:
     data: Path | None = None
 
     def __post_init__(self) -> None:
-        _once([method.name for method in self.methods], "methods")
+        _once([method.name for method in self.methods], "methods of the comparison")
         for name in self.checkpoints or {}:
             if name not in [method.name for method in self.methods if method.meta is not None]:
                 raise UserError(f"The checkpoint for '{name}' is for no method that is compared and meta-trained.")
@@ -121,7 +124,7 @@ class Plan:
         """The curve's values as configurations.
 
         Raises:
-            UserError: the curve's setting or a value of it is none that the schema has.
+            UserError: the curve's setting or a value of it is none that the schema has, or two values are the same.
         """
         if self.curve is None:
             return [Point("", self.config)]
@@ -136,6 +139,7 @@ class Plan:
             config = changed(self.config, {key: value}, where)
             store = label if key.startswith("prepare.") else ""
             points.append(Point(label, config, label if not key.startswith("adapt.") else "", store))
+        _once([point.label for point in points], f"values of the {where}", "write values with other letters or digits")
         return points
 
     def cells(self) -> list[Cell]:
@@ -238,8 +242,8 @@ def _read_tasks(plan: Plan) -> dict[str, TaskRows]:
 
 def _check(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
     """Refuse now what a cell would refuse later: labels, too few rows, settings, missing checkpoints."""
-    _once([rows[name].definition.name for name in rows], "tasks")
-    _once([entry.train for entry in plan.suite.tasks], "entries")
+    _once([rows[name].definition.name for name in rows], "tasks of the comparison")
+    _once([_task_name(entry.train) for entry in plan.suite.tasks], "entries of the comparison")
     for cell in plan.cells():
         source = rows[cell.entry.train]
         for target in cell.entry.targets:
@@ -258,12 +262,12 @@ def _check(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
             )
 
 
-def _once(names: Sequence[str], what: str) -> None:
-    # Files and tables tell tasks apart by these names alone.
+def _once(names: Sequence[str], what: str, advice: str = "give each a name of its own") -> None:
+    # Files and tables tell tasks, methods and points apart by these names alone.
     names = [_file_name(name) for name in names]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"Two {what} of the comparison have the name '{name}'; give each a name of its own.")
+            raise UserError(f"Two {what} have the name '{name}'; {advice}.")
 
 
 def _check_origin(plan: Plan, point: Point, method: Method) -> None:
@@ -427,6 +431,19 @@ def _cell_file(out: Path, cell: Cell) -> Path:
     return out / _CELLS / f"{cell.name}.parquet"
 
 
+def _task_name(task: str) -> str:
+    """The name of a task's YAML without its folder and ending, or of a built-in task."""
+    return Path(task).stem if "/" in task else task
+
+
 def _file_name(*parts: str) -> str:
     """The parts as one name that any file system takes: other characters than letters and digits become '-'."""
-    return "--".join(re.sub(r"[^\w.]+", "-", Path(part).stem if "/" in part else part) for part in parts if part)
+    return "--".join(_safe(part) for part in parts if part)
+
+
+def _safe(part: str) -> str:
+    name = re.sub(r"[^\w.]+", "-", part)
+    if len(name) <= LONGEST_PART:
+        return name
+    # A list of paths, say: file systems take 255 bytes.
+    return f"{name[:LONGEST_PART]}-{hashlib.sha256(part.encode()).hexdigest()[:8]}"
