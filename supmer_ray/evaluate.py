@@ -3,7 +3,7 @@
 The unit of work is a cell: one method on one task with all its seeds, adapted together. Cells run as Ray
 tasks; each leaves a file when it is done, so that an evaluation that was killed goes on where it was.
 
-    OUT/evaluation.json     what is compared, under which settings, from which checkpoints
+    OUT/evaluation.json     what is compared, on which rows, under which settings, from which checkpoints
     OUT/stores/, OUT/runs/  stores and meta-training runs that the methods needed and nobody gave
     OUT/cells/              one Parquet file for each finished cell
     OUT/results.parquet     all rows: one for each method, task and seed
@@ -151,14 +151,21 @@ class Plan:
             for method in self.methods
         ]
 
-    def description(self) -> dict[str, Any]:
-        """All of it as JSON; a resumed evaluation must have the same."""
+    def inputs(self) -> dict[str, Path]:
+        """The files and folders that were given, by what they are."""
+        found = {f"checkpoint for '{name}'": folder for name, folder in (self.checkpoints or {}).items()}
+        given = {"store": self.store, "data folder": self.data}
+        return found | {what: path for what, path in given.items() if path}
+
+    def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:
+        """All of it as JSON, with the tasks that `rows` holds; a resumed evaluation must have the same."""
         given = {}
         for name, folder in (self.checkpoints or {}).items():
             sealed = read_sealed(folder, "a checkpoint")
             given[name] = {"folder": str(folder.resolve()), "prompt": sealed["checksums"]["prompt.safetensors"]}
         values = {
             "suite": self.suite.model_dump(mode="json"),
+            "tasks": {name: task.description() for name, task in rows.items()},
             "methods": [method.model_dump(mode="json") for method in self.methods],
             "config": self.config.model_dump(mode="json"),
             "seeds": self.seeds,
@@ -192,10 +199,12 @@ def evaluate(
     """
     out = Path(out).absolute()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
-    description = plan.description()
+    if overwrite:
+        require_outside(out, plan.inputs())
+    rows = _read_tasks(plan)
+    description = plan.description(rows)
     if resume:
         _require_same(out, description)
-    rows = _read_tasks(plan)
     _check(plan, rows)
     with held(out, "an evaluation"):
         if overwrite and out.exists():
@@ -211,6 +220,22 @@ def evaluate(
         }
         _run_cells(plan, rows, checkpoints, out, tell)
         return _conclude(plan, checkpoints, out)
+
+
+def require_outside(out: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse to overwrite the folder `out` while inputs lie in it.
+
+    Args:
+        inputs: what each is ("store") → its path.
+
+    Raises:
+        UserError: one of them lies within `out`, links followed.
+    """
+    for what, path in inputs.items():
+        if path.resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"The {what} {path} lies within the output {out}, which --overwrite would delete; name another output."
+            )
 
 
 def _require_same(out: Path, description: Mapping[str, Any]) -> None:

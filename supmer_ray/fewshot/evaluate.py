@@ -6,10 +6,12 @@ same K-shot draws. A step is chosen on the dev split, never on the test split, w
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,6 +55,19 @@ class TaskRows:
     @staticmethod
     def of(definition: TaskDefinition) -> TaskRows:
         return TaskRows(definition, definition.read())
+
+    def description(self) -> dict[str, Any]:
+        """All that makes the task another one, as JSON: its definition, and a digest of each split's rows."""
+        return {
+            "definition": self.definition.model_dump(mode="json"),
+            "labels": list(self.definition.labels),  # in their order, which objects of JSON are equal without
+            "rows": {split: _digest(frame) for split, frame in self.frames.items()},
+        }
+
+
+def _digest(frame: pd.DataFrame) -> str:
+    """SHA-256 of the values, row by row."""
+    return hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """What a comparison is called on disk, what it was made of, and what it must not delete: all without Ray."""
 
+import json
+from dataclasses import replace
+
 import pytest
+import yaml
 
 from supmer_ray.config import EvaluateConfig, build
 from supmer_ray.errors import UserError
-from supmer_ray.evaluate import Plan
+from supmer_ray.evaluate import DESCRIPTION, Plan, _read_tasks, _require_same, evaluate, require_outside
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.suite import Curve, Suite
 
@@ -35,3 +39,62 @@ def test_points_with_paths_have_files_of_their_own():
 def test_points_that_would_share_a_file_are_refused():
     with pytest.raises(UserError, match=r"Two values of the curve 'corpora' have the name 'sources-data-a-b-'; write"):
         sources(["/data/a/b"], ["/data/a-b"]).points()
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """A function that writes a task of four rows, with changes, and its path."""
+
+    def write(rows="text,label\na,0\nb,1\nc,0\nd,1\n", **changes):
+        for split in ("train", "test"):
+            (tmp_path / f"{split}.csv").write_text(rows)
+        values = {
+            "name": "own",
+            "data": {"files": {"train": "train.csv", "test": "test.csv"}},
+            "fields": ["text"],
+            "patterns": ["{text} {mask}"],
+            "verbalizers": {"0": "bad", "1": "good"},
+        }
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(values | changes, sort_keys=False))
+        return str(tmp_path / "own.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patterns": ["{text} is {mask}"]},
+        {"verbalizers": {"0": "bad", "1": "great"}},
+        {"verbalizers": {"1": "good", "0": "bad"}},
+        {"rows": "text,label\na,0\nb,1\nc,0\ne,1\n"},
+        {"rows": "text,label\nb,1\na,0\nc,0\nd,1\n"},
+    ],
+    ids=["pattern", "word", "order of labels", "row", "order of rows"],
+)
+def test_a_task_that_changed_is_not_resumed(own_task, tmp_path, changes):
+    plan = make_plan(own_task())
+    started = plan.description(_read_tasks(plan))
+    (tmp_path / DESCRIPTION).write_text(json.dumps(started))
+    _require_same(tmp_path, plan.description(_read_tasks(plan)))
+    own_task(**changes)
+    with pytest.raises(UserError, match=r"was started with another 'tasks'"):
+        evaluate(plan, tmp_path, resume=True)
+
+
+def test_overwriting_spares_the_inputs(tmp_path):
+    out = tmp_path / "out"
+    (out / "stores" / "store").mkdir(parents=True)
+    (out / DESCRIPTION).write_text("{}")
+    (tmp_path / "link").symlink_to(out / "stores")
+    require_outside(out, {"store": tmp_path / "out-too", "data folder": tmp_path})
+    inside = {
+        "store": {"store": tmp_path / "link" / "store"},
+        "data folder": {"data": out},
+        "checkpoint for 'supmer'": {"checkpoints": {"supmer": out / "runs" / "supmer" / "checkpoint"}},
+    }
+    for what, given in inside.items():
+        plan = replace(make_plan(methods=["supmer"]), **given)
+        with pytest.raises(UserError, match=rf"The {what} .* lies within the output .*out, which --overwrite would"):
+            evaluate(plan, out, overwrite=True)
+    assert (out / "stores" / "store").is_dir()
