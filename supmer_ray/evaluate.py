@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -429,10 +429,12 @@ def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Path], out: Path
 def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
     adapt = plan.config.adapt
     tested = "all test rows" if adapt.max_test is None else f"at most {adapt.max_test} test rows"
+    configs = [cell.config() for cell in plan.cells()]
+    shots, steps = (_used(getattr(one, name) for one in configs) for name in ("shots", "steps"))
     lines = [
-        f"{plan.suite.description} K = {adapt.shots} examples a class to train on and as many for the dev split, "
-        f"{adapt.steps} steps; backbone {plan.config.backbone}. Every method saw the same draws; the step was chosen "
-        f"on the dev split, and the test split ({tested}) was scored once.".strip()
+        f"{plan.suite.description} K = {shots} examples a class to train on and as many for the dev split"
+        f"{_lowered(plan)}, {steps} steps; backbone {plan.config.backbone}. Every method saw the same draws; the step "
+        f"was chosen on the dev split, and the test split ({tested}) was scored once.".strip()
     ]
     spent = []
     for (run, method), folder in checkpoints.items():
@@ -442,6 +444,22 @@ def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
     if spent:
         lines.append(f"Meta-training, once for all tasks: {'; '.join(spent)}.")
     return "\n\n".join(lines)
+
+
+def _used(values: Iterable[int]) -> str:
+    """A setting's values in the cells, in words: "8 or 16"."""
+    return " or ".join(map(str, sorted(set(values))))
+
+
+def _lowered(plan: Plan) -> str:
+    """Which entries of the suite have rows for a smaller K than another one's, in brackets."""
+    most = max(cell.config().shots for cell in plan.cells())
+    found = [
+        f"{_task_name(entry.train)}: at most {entry.max_shots}"
+        for entry in plan.suite.tasks
+        if entry.max_shots and entry.max_shots < most
+    ]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _training(run: Path) -> tuple[int, float] | None:

@@ -8,7 +8,7 @@ import yaml
 
 from supmer_ray.config import EvaluateConfig, build
 from supmer_ray.errors import UserError
-from supmer_ray.evaluate import DESCRIPTION, Plan, _read_tasks, _require_same, evaluate, require_outside
+from supmer_ray.evaluate import DESCRIPTION, Plan, _note, _read_tasks, _require_same, evaluate, require_outside
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.suite import Curve, Suite
 
@@ -98,3 +98,14 @@ def test_overwriting_spares_the_inputs(tmp_path):
         with pytest.raises(UserError, match=rf"The {what} .* lies within the output .*out, which --overwrite would"):
             evaluate(plan, out, overwrite=True)
     assert (out / "stores" / "store").is_dir()
+
+
+def test_the_note_says_the_shots_that_were_used():
+    plain = _note(make_plan("bbc-topic", adapt={"shots": 4}), {})
+    assert plain.startswith("K = 4 examples a class to train on and as many for the dev split, 200 steps; ")
+    curve = Curve(name="shots", key="adapt.shots", values=(2, 8))
+    assert "K = 2 or 8 examples" in _note(make_plan("bbc-topic", curve=curve), {})
+    few = {"train": "cb", "max_shots": 8}
+    lowered = _note(make_plan("rte", few), {})
+    assert "K = 8 or 16 examples a class to train on and as many for the dev split (cb: at most 8), " in lowered
+    assert "K = 8 examples a class to train on and as many for the dev split, " in _note(make_plan(few), {})
