@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compiled", action="store_true", help="also time our step with its norms compiled")
     parser.add_argument("--gpu", action="store_true", help="everything that is asked of a GPU, in one go")
     parser.add_argument("--data", action="store_true", help="measure the builder of meta-tasks on --store")
-    parser.add_argument("--scaling", action="store_true", help="measure one worker against two")
+    parser.add_argument("--scaling", action="store_true", help="measure one worker against two at each --lengths")
     parser.add_argument("--fewshot", action="store_true", help="measure adapting many runs together")
     parser.add_argument("--embed", action="store_true", help="measure embedding of --store's sentences")
     parser.add_argument("--prepare", nargs="+", type=int, metavar="DOCUMENTS", help="measure preparing so much of bbc")
@@ -85,7 +85,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.scaling:
         from supmer_ray.benchmark.scaling import measure_scaling
 
-        report["scaling"] = [measure_scaling(size, options, print) for size in options.size]
+        report["scaling"] = [
+            measure_scaling(size, length, options, print) for size in options.size for length in options.lengths
+        ]
     if options.gpu:
         from supmer_ray.benchmark.gpu import measure_gpu
 

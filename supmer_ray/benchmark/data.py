@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from supmer_ray.benchmark.memory import peak_memory_of_all
+from supmer_ray.benchmark.step import timed
 from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig, build
 from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
 from supmer_ray.data.store import Store
@@ -135,17 +136,18 @@ def measure_embedding(path: Path, device: str, say: Callable[[str], None]) -> di
     mean = tokens // len(inputs)
     bare_layout = Layout((mean,) * (budget // mean), (mean,) * (budget // mean))
     bare_input = torch.zeros(bare_layout.positions, backbone.d_model, device=device)
+    passes = max(1, tokens // bare_layout.positions)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for _ in range(passes):
+            backbone.encode(bare_input, bare_layout)
+
     times: dict[str, list[float]] = {"embedding": [], "bare": []}
     for _ in range(3):
-        started = time.perf_counter()
-        mean_pooled(backbone, inputs, budget)
-        times["embedding"].append((time.perf_counter() - started) / tokens)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            for _ in range(max(1, tokens // bare_layout.positions)):
-                backbone.encode(bare_input, bare_layout)
-        done = max(1, tokens // bare_layout.positions) * bare_layout.positions
-        times["bare"].append((time.perf_counter() - started) / done)
+        seconds = timed(lambda: mean_pooled(backbone, inputs, budget), backbone.device)
+        times["embedding"].append(seconds / tokens)
+        times["bare"].append(timed(bare, backbone.device) / (passes * bare_layout.positions))
     ratio = median(bare / own for bare, own in zip(times["bare"], times["embedding"], strict=True))
     rate = 1 / median(times["embedding"])
     say(f"embedding: {rate:,.0f} tokens a second, {ratio:.0%} of the bare forward pass")

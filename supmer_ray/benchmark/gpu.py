@@ -50,7 +50,7 @@ def measure_gpu(options: argparse.Namespace, say: Callable[[str], None]) -> dict
         torch.cuda.empty_cache()
     found: dict[str, Any] = {"steps": steps, "out_of_memory": failed}
     if torch.cuda.device_count() > 1:
-        found["scaling"] = measure_scaling("t5-base", options, say)
+        found["scaling"] = measure_scaling("t5-base", options.lengths[0], options, say)
     else:
         say("One GPU here: scaling over NCCL needs two.")
     return found

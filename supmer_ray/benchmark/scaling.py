@@ -22,7 +22,7 @@ from supmer_ray.model.regularizer import Regularizer
 from supmer_ray.tasks.batch import TaskBatch
 
 
-def measure_scaling(size: str, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def measure_scaling(size: str, length: int, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Seconds of a step with one and with two workers that share the machine, and bytes all-reduced."""
     if options.tasks % 2:
         raise UserError(
@@ -31,14 +31,13 @@ def measure_scaling(size: str, options: argparse.Namespace, say: Callable[[str],
     cores = torch.get_num_threads()
     if options.device.startswith("cuda") and torch.cuda.device_count() < 2:
         say(f"{size}: one GPU here, so two workers are measured on its CPU")
-    length = options.lengths[0]
     found = {}
     for workers in (1, 2):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        arguments = (workers, port, size, length, options.prompt, options.tasks, max(1, cores // workers), queue)
+        arguments = (workers, port, size, length, options, max(1, cores // workers), queue)
         torch.multiprocessing.spawn(_worker, arguments, nprocs=workers)
         found[workers] = queue.get()
     ratio = found[1]["seconds"] / found[2]["seconds"]
@@ -51,7 +50,7 @@ def measure_scaling(size: str, options: argparse.Namespace, say: Callable[[str],
 
 
 def _worker(
-    rank: int, workers: int, port: int, size: str, length: int, prompt_length: int, tasks: int, threads: int, queue: Any
+    rank: int, workers: int, port: int, size: str, length: int, options: argparse.Namespace, threads: int, queue: Any
 ) -> None:
     torch.set_num_threads(threads)
     gpus = torch.cuda.device_count() >= workers
@@ -62,10 +61,11 @@ def _worker(
     backbone = random_backbone(size, device, torch.bfloat16 if gpus else torch.float32)
     torch.manual_seed(1)
     regularizer = Regularizer(backbone.d_model).to(device)
-    step = MetaStep(backbone, regularizer)
-    prompt = backbone.random_rows(prompt_length, 5000, torch.Generator().manual_seed(0))
-    share = tasks // workers
-    parts = [task_batch(1, 16, 16, Lengths.fixed(length), seed=task) for task in range(tasks)]
+    step = MetaStep(backbone, regularizer, token_budget=options.tokens)
+    prompt = backbone.random_rows(options.prompt, 5000, torch.Generator().manual_seed(0))
+    share = options.tasks // workers
+    fixed = Lengths.fixed(length)
+    parts = [task_batch(1, options.support, options.query, fixed, seed=task) for task in range(options.tasks)]
     own = parts[rank * share : (rank + 1) * share]
     batch = TaskBatch.concat([part for part, _ in own])
     mixing = [value for _, part in own for value in part]

@@ -105,7 +105,7 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
         peaks.append(matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16))
         for name, run in variants.items():
             with peak_memory(device) as memory:
-                series[name].seconds.append(_timed(run, device))
+                series[name].seconds.append(timed(run, device))
             series[name].peak_bytes = max(series[name].peak_bytes, memory[0])
         times = ", ".join(f"{name} {one.seconds[-1]:.2f} s" for name, one in series.items())
         say(f"{settings.size}, length {lengths.name}, round {round_ + 1} of {settings.repeats}: {times}")
@@ -152,10 +152,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product: the best of five."""
     side = MATRIX[device.type]
     a = torch.randn(side, side, device=device, dtype=dtype)
-    return max(2 * side**3 / _timed(lambda: a @ a, device) for _ in range(5))
+    return max(2 * side**3 / timed(lambda: a @ a, device) for _ in range(5))
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `run` takes until the device is done with it."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
