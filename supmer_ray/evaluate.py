@@ -439,8 +439,8 @@ def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
     spent = []
     for (run, method), folder in checkpoints.items():
         if (found := _training(folder.parent)) is not None:
-            steps, seconds = found
-            spent.append(f"{method}{f' ({run})' if run else ''} {steps:,} steps in {seconds:,.0f} s")
+            meta_steps, seconds = found
+            spent.append(f"{method}{f' ({run})' if run else ''} {meta_steps:,} steps in {seconds:,.0f} s")
     if spent:
         lines.append(f"Meta-training, once for all tasks: {'; '.join(spent)}.")
     return "\n\n".join(lines)
