@@ -8,7 +8,8 @@ callers may catch it. Everything else that escapes is a bug and keeps its traceb
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
 
@@ -34,6 +35,35 @@ def first_line(error: BaseException) -> str:
     return shorten(text, 200, placeholder=" …").rstrip(".")
 
 
+def require_path(folder: Path) -> None:
+    """Refuse the URI of an object store where only a path will do: as a path it would be a folder named "s3:".
+
+    Raises:
+        UserError: a part of the path is a URI's scheme.
+    """
+    if scheme := next((part for part in folder.parts if re.fullmatch(r"[a-z][a-z0-9+.-]+:", part)), None):
+        raise UserError(
+            f"A {scheme}//… address was given where a path is needed: of all outputs, only a run of 'supmer train' may "
+            "lie in an object store; name a folder that every node sees."
+        )
+
+
+def require_outside(out: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Refuse to replace an output that holds what the command is to read.
+
+    Args:
+        inputs: what each is ("store") → where it lies.
+
+    Raises:
+        UserError: one of them lies within `out`, links followed.
+    """
+    for what, place in inputs.items():
+        if place is not None and place.resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"The {what} {place} lies within the output {out}, which --overwrite would delete; name another output."
+            )
+
+
 def require_new_folder(
     folder: Path, *, overwrite: bool, resume: bool = False, can_resume: bool = False, marker: str | None = None
 ) -> None:
@@ -44,8 +74,9 @@ def require_new_folder(
         marker: a file by which the command knows its own output; what lacks it is not overwritten.
 
     Raises:
-        UserError: the folder is a file, is not empty and neither flag was given, or is none to overwrite.
+        UserError: the folder is a URI or a file, is not empty and neither flag was given, or is none to overwrite.
     """
+    require_path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):

@@ -31,7 +31,7 @@ from supmer_ray.cluster import connect
 from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, Store, read_manifest
-from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.errors import UserError, require_new_folder, require_outside
 from supmer_ray.fewshot.comparison import gaps, markdown, summarize
 from supmer_ray.fewshot.definition import load_definition
 from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
@@ -39,7 +39,7 @@ from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
 from supmer_ray.fewshot.tables import write_table
-from supmer_ray.files import held, read_sealed, whole_file, write_json
+from supmer_ray.files import held, read_sealed, whole_file, without_keys, write_json
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import Backbone, load_backbone
@@ -163,7 +163,7 @@ class Plan:
         for name, folder in (self.checkpoints or {}).items():
             sealed = read_sealed(folder, "a checkpoint")
             given[name] = {"folder": str(folder.resolve()), "prompt": sealed["checksums"]["prompt.safetensors"]}
-        values = {
+        values: dict[str, Any] = {
             "suite": self.suite.model_dump(mode="json"),
             "tasks": {name: task.description() for name, task in rows.items()},
             "methods": [method.model_dump(mode="json") for method in self.methods],
@@ -174,6 +174,8 @@ class Plan:
             "checkpoints": given,
             "data": str(self.data.resolve()) if self.data else None,
         }
+        if self.config.prepare:
+            values["config"]["prepare"]["sources"] = [without_keys(name) for name in self.config.prepare.sources]
         return json.loads(json.dumps(values))
 
 
@@ -220,22 +222,6 @@ def evaluate(
         }
         _run_cells(plan, rows, checkpoints, out, tell)
         return _conclude(plan, checkpoints, out)
-
-
-def require_outside(out: Path, inputs: Mapping[str, Path]) -> None:
-    """Refuse to overwrite the folder `out` while inputs lie in it.
-
-    Args:
-        inputs: what each is ("store") → its path.
-
-    Raises:
-        UserError: one of them lies within `out`, links followed.
-    """
-    for what, path in inputs.items():
-        if path.resolve().is_relative_to(out.resolve()):
-            raise UserError(
-                f"The {what} {path} lies within the output {out}, which --overwrite would delete; name another output."
-            )
 
 
 def _require_same(out: Path, description: Mapping[str, Any]) -> None:

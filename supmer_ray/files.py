@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.errors import UserError, first_line, require_new_folder, require_path
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -81,6 +81,7 @@ def read_sealed(folder: Path, what: str, name: str = "config.json") -> dict[str,
     Raises:
         UserError: the folder or its description is missing or unreadable, or a file is missing or changed.
     """
+    require_path(folder)
     file = folder / name
     if not file.is_file():
         raise UserError(f"{folder} is not {what}: it holds no {name}.")
@@ -125,6 +126,37 @@ def held(folder: Path, who: str) -> Iterator[None]:
             lock.unlink()
 
 
+CLOUD_PATIENCE_S = 30
+"""Google's client would go on for 15 minutes where its storage cannot be reached."""
+
+
+def without_keys(uri: str) -> str:
+    """A path or URI as people may read it: without the keys and the options that a URI may hold."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return uri
+    bucket, slash, path = rest.partition("?")[0].partition("/")
+    return scheme + mark + bucket.rpartition("@")[2] + slash + path
+
+
+def remote_filesystem(uri: str) -> tuple[FileSystem, str]:
+    """The pyarrow file system of a URI, and the path within it.
+
+    Raises:
+        UserError: pyarrow has no such file system, or it cannot be reached.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.fs import FileSystem
+
+    if uri.startswith(("gs://", "gcs://")) and "?" not in uri:
+        uri += f"?retry_limit_seconds={CLOUD_PATIENCE_S}"
+    try:
+        return FileSystem.from_uri(uri)
+    except (ValueError, OSError, NotImplementedError, ArrowException) as error:
+        why = first_line(error).replace(uri, without_keys(uri))
+        raise UserError(f"Cannot reach {without_keys(uri)} ({why}); write a path, s3://… or gs://….") from None
+
+
 class Place:
     """A folder that every node sees: a path, or a URI of an object store (`s3://…`, `gs://…`).
 
@@ -137,21 +169,18 @@ class Place:
         self.where = address.rstrip("/") + mark + query if self.remote else str(Path(where).absolute())
 
     def __str__(self) -> str:
-        """As people may read it: without the keys and the options that a URI may hold."""
-        scheme, mark, rest = self.where.partition("://")
-        if not self.remote:
-            return self.where
-        bucket, slash, path = rest.partition("?")[0].partition("/")
-        return scheme + mark + bucket.rpartition("@")[2] + slash + path
+        return without_keys(self.where) if self.remote else self.where
 
     def __repr__(self) -> str:
         return f"Place({str(self)!r})"
 
     def __truediv__(self, name: str) -> Place:
-        if not self.remote:
-            return Place(f"{self.where}/{name}")
-        address, mark, query = self.where.partition("?")
+        address, mark, query = self._parts()
         return Place(f"{address}/{name}{mark}{query}")
+
+    def _parts(self) -> tuple[str, str, str]:
+        """The address, and the "?" and the options behind it; a path has neither."""
+        return self.where.partition("?") if self.remote else (self.where, "", "")
 
     @property
     def local(self) -> Path:
@@ -162,29 +191,23 @@ class Place:
     @property
     def parent(self) -> Place:
         """The folder that holds this one."""
-        address, mark, query = self.where.partition("?")
+        address, mark, query = self._parts()
         return Place(address.rpartition("/")[0] + mark + query)
 
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return self.where.partition("?")[0].rpartition("/")[2]
+        return self._parts()[0].rpartition("/")[2]
 
     def filesystem(self) -> tuple[FileSystem, str]:
         """The pyarrow file system and the path within it.
 
         Raises:
-            UserError: pyarrow has no such file system.
+            UserError: pyarrow has no such file system, or it cannot be reached.
         """
-        from pyarrow import ArrowInvalid
-        from pyarrow.fs import FileSystem, LocalFileSystem
+        from pyarrow.fs import LocalFileSystem
 
-        if not self.remote:
-            return LocalFileSystem(), self.where
-        try:
-            return FileSystem.from_uri(self.where)
-        except (ArrowInvalid, ValueError):
-            raise UserError(f"{self} cannot be used as a place; write a path, s3://… or gs://….") from None
+        return remote_filesystem(self.where) if self.remote else (LocalFileSystem(), self.where)
 
     def read(self, name: str) -> str | None:
         """The text of a file, or None where there is no such file."""
@@ -193,6 +216,15 @@ class Place:
             with filesystem.open_input_stream(f"{path}/{name}") as stream:
                 return stream.read().decode("utf-8", errors="replace")
         except FileNotFoundError:
+            return None
+
+    def glance(self, name: str) -> str | None:
+        """`read` for those who look again soon: None also where an object store does not answer this time."""
+        try:
+            return self.read(name)
+        except OSError:
+            if not self.remote:
+                raise
             return None
 
     def write(self, name: str, text: str) -> None:
@@ -228,12 +260,20 @@ def require_new_place(place: Place, *, overwrite: bool, resume: bool, marker: st
     """`require_new_folder` for the output of a command with `--resume`, wherever it lies."""
     if not place.remote:
         require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=True, marker=marker)
-    elif not (overwrite or resume) and place.listed():
+        return
+    if "/" not in place.filesystem()[1].strip("/"):
+        raise UserError(f"{place} is a whole bucket; name a folder in it.")
+    try:
+        taken = bool(place.listed())
+        ours = marker is None or (taken and place.read(marker) is not None)
+    except OSError as error:
+        raise UserError(f"Cannot reach {place} ({first_line(error)}); check the address and the keys.") from None
+    if taken and not (overwrite or resume):
         raise UserError(
             f"The output {place} already holds a run; choose another, or add --overwrite to replace it or "
             "--resume to go on."
         )
-    elif overwrite and marker and place.listed() and place.read(marker) is None:
+    if taken and overwrite and not ours:
         raise UserError(
             f"{place} holds something else than this command writes ({marker} is missing), so it is not overwritten; "
             "name another."

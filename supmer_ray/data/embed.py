@@ -8,13 +8,16 @@ Torch is imported where it computes: the processes that only look for the files 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from supmer_ray.data.store import Sentences, item_rows
+from supmer_ray.errors import UserError
 
 if TYPE_CHECKING:
     from supmer_ray.model.backbone import Backbone
@@ -94,10 +97,24 @@ class Embedder:
         from supmer_ray.model.backbone import load_backbone
 
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
-        self.sentences = Sentences(store)
-        self.scratch = scratch
+        self.store, self.scratch = store, scratch
         self.backbone = load_backbone(backbone, device=device, threads=1)
         self.budget = TOKENS_PER_BATCH[device]
+
+    @cached_property
+    def sentences(self) -> Sentences:
+        """The sentence table. Opened by the first call, whose error reaches the driver as it is.
+
+        Raises:
+            UserError: the output is not seen from this node.
+        """
+        try:
+            return Sentences(self.store)
+        except FileNotFoundError:
+            raise UserError(
+                f"The node {socket.gethostname()} does not see {self.store.parent}, where the store is to be; name an "
+                "output that every node of the cluster sees."
+            ) from None
 
     def embed(self, stretch: int) -> int:
         """Write a stretch's two files; returns its sentences."""

@@ -49,7 +49,7 @@ from supmer_ray.data.store import (
     write_manifest,
 )
 from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.files import whole_folder
+from supmer_ray.files import whole_folder, without_keys
 
 WordTokens = tuple[np.ndarray, np.ndarray]
 """Which tokens of a vocabulary begin a word, and which go on with one: what `Backbone.word_tokens` gives."""
@@ -114,7 +114,7 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
             tokens=writer.tokens,
             backbone=backbone,
             families=families,
-            settings=config,
+            settings=config.model_copy(update={"sources": tuple(map(without_keys, config.sources))}),
             files=file_records(partial),
         )
         write_manifest(partial, manifest)

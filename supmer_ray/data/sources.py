@@ -33,14 +33,12 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSy
 
 from supmer_ray.data.catalog import CATALOG_SOURCES, unlabelled
 from supmer_ray.errors import UserError, first_line, nearest
+from supmer_ray.files import remote_filesystem, without_keys
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 TEXT_FILES_A_PIECE = 256
 LINES_PIECE_BYTES = 64 * 2**20
 """JSON lines are cut into pieces of this size, so that one large file keeps many workers busy."""
-
-CLOUD_PATIENCE_S = 30
-"""Google's client would go on for 15 minutes where its storage cannot be reached."""
 
 
 class Piece(Protocol):
@@ -68,7 +66,7 @@ def open_source(name: str) -> Source:
     place, _, column = name.partition("::")
     source = Source(name, tuple(_pieces(place, column or "text")))
     if not any(text.strip() for piece in source.pieces for text in piece.texts()):
-        raise UserError(f"The source '{name}' holds no text; name one that does.")
+        raise UserError(f"The source '{without_keys(name)}' holds no text; name one that does.")
     return source
 
 
@@ -84,7 +82,8 @@ def _pieces(place: str, column: str) -> Iterator[Piece]:
 
 def _file_pieces(place: str, column: str) -> Iterator[Piece]:
     filesystem, path = _filesystem(place)
-    with _readable(place):
+    shown = without_keys(place)
+    with _readable(shown):
         info = filesystem.get_file_info(path)
         if info.type == FileType.File:
             yield from _file_piece(filesystem, info, column)
@@ -95,8 +94,8 @@ def _file_pieces(place: str, column: str) -> Iterator[Piece]:
         files = _listed(filesystem, path, info)
     if not files:
         if info.type == FileType.Directory or "*" in path:
-            raise UserError(f"The source '{place}' holds no file in {', '.join(FORMATS)}; name a folder that does.")
-        raise UserError(f"There is no file, folder or catalog source '{place}'; {nearest(place, CATALOG_SOURCES)}")
+            raise UserError(f"The source '{shown}' holds no file in {', '.join(FORMATS)}; name a folder that does.")
+        raise UserError(f"There is no file, folder or catalog source '{shown}'; {nearest(shown, CATALOG_SOURCES)}")
     texts = [file for file in files if _format(file) == ".txt"]
     for start in range(0, len(texts), TEXT_FILES_A_PIECE):
         chunk = texts[start : start + TEXT_FILES_A_PIECE]
@@ -107,14 +106,9 @@ def _file_pieces(place: str, column: str) -> Iterator[Piece]:
 
 
 def _filesystem(place: str) -> tuple[FileSystem, str]:
-    if "://" not in place:
-        return LocalFileSystem(), str(Path(place).expanduser().absolute())
-    if place.startswith(("gs://", "gcs://")) and "?" not in place:
-        place += f"?retry_limit_seconds={CLOUD_PATIENCE_S}"
-    try:
-        return FileSystem.from_uri(place)
-    except (ValueError, OSError, NotImplementedError) as error:
-        raise UserError(f"Cannot reach '{place}' ({first_line(error)}); check the address.") from None
+    if "://" in place:
+        return remote_filesystem(place)
+    return LocalFileSystem(), str(Path(place).expanduser().absolute())
 
 
 def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]:

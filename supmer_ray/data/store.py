@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save
 
 from supmer_ray.config import PrepareConfig
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, require_path
 from supmer_ray.files import sha256
 
 SCHEMA_VERSION = 2
@@ -332,6 +332,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: there is no store, or another version wrote it.
     """
+    require_path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no store at {folder}; make one with 'supmer prepare --out {folder}'.")
     file = folder / MANIFEST

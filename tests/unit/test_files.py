@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from supmer_ray.errors import UserError
-from supmer_ray.files import Place, held, require_new_place
+from supmer_ray.data.store import read_manifest
+from supmer_ray.errors import UserError, require_new_folder, require_outside
+from supmer_ray.files import Place, held, read_sealed, require_new_place
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
@@ -56,5 +58,35 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
     require_new_place(home, overwrite=True, resume=False, marker="kept")
     secret = Place("s3://KEY:SECRET@bucket/runs/first?endpoint_override=localhost:1")
     assert f"{secret} {secret!r}" == "s3://bucket/runs/first Place('s3://bucket/runs/first')", "no key in a log"
-    with pytest.raises(UserError, match=r"cannot be used as a place"):
-        Place("s4://bucket/x").filesystem()
+    with pytest.raises(UserError, match=r"Cannot reach s4://bucket/x"):
+        Place("s4://KEY:SECRET@bucket/x").filesystem()
+    with pytest.raises(UserError, match=r"s3://bucket is a whole bucket"):
+        require_new_place(Place("s3://bucket?endpoint_override=localhost:1"), overwrite=False, resume=False)
+    asked = Place(str(tmp_path / "why?" / "run"))
+    assert asked.name == "run" and asked.parent.name == "why?", "a path may hold what ends a URI's"
+
+
+def test_an_object_store_that_does_not_answer():
+    gone = Place("s3://KEY:SECRET@bucket/run?endpoint_override=localhost:1&scheme=http&region=us-east-1")
+    with pytest.raises(UserError, match=r"^Cannot reach s3://bucket/run \(") as refused:
+        require_new_place(gone, overwrite=False, resume=False)
+    assert "SECRET" not in str(refused.value)
+    with pytest.raises(OSError, match="localhost"):
+        gone.read("metrics.jsonl")
+    assert gone.glance("metrics.jsonl") is None, "who looks again soon goes on"
+
+
+def test_a_uri_is_no_path(tmp_path):
+    for refuse in (
+        lambda place: require_new_folder(place, overwrite=False),
+        lambda place: read_sealed(place, "a checkpoint"),
+        lambda place: read_manifest(place.absolute()),
+    ):
+        with pytest.raises(UserError, match=r"^A s3://… address was given where a path is needed"):
+            refuse(Path("s3://KEY:SECRET@bucket/x"))
+
+
+def test_no_output_is_replaced_that_holds_an_input(tmp_path):
+    require_outside(tmp_path / "out", {"store": tmp_path / "store", "checkpoint": None})
+    with pytest.raises(UserError, match=r"^The store .*/out/store lies within the output .*/out, which --overwrite"):
+        require_outside(tmp_path / "out", {"store": tmp_path / "other" / ".." / "out" / "store"})

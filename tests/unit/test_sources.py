@@ -175,8 +175,14 @@ def test_a_bad_line_is_named_in_any_piece(tmp_path):
 def test_a_misspelt_catalog_name_and_address():
     with pytest.raises(UserError, match="did you mean 'reuters'"):
         open_source("reuterz")
-    with pytest.raises(UserError, match="Cannot reach 'ftpx://somewhere/x'"):
+    with pytest.raises(UserError, match="Cannot reach ftpx://somewhere/x"):
         open_source("ftpx://somewhere/x")
+
+
+def test_keys_in_an_address_are_never_told():
+    with pytest.raises(UserError, match=r"s3://bucket/x") as refused:
+        open_source("s3://KEY:SECRET@bucket/x?endpoint_override=localhost:1&scheme=http&region=us-east-1")
+    assert "SECRET" not in str(refused.value)
 
 
 def test_an_unreachable_hub(monkeypatch):
