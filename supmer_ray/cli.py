@@ -22,6 +22,7 @@ from supmer_ray.config import (
     load_sweep_config,
     override,
     read_yaml,
+    whole_name,
 )
 from supmer_ray.errors import Stopped, UserError, require_new_folder
 from supmer_ray.files import Place, require_new_place
@@ -81,7 +82,10 @@ def prepare(
 def train(
     store: Annotated[Path, typer.Option(help="What 'supmer prepare' wrote.")],
     out: Annotated[str, typer.Option(help="Folder to write, or the URI of one (s3://…).")],
-    config: Annotated[Path | None, typer.Option(help="YAML file; unset: the paper's settings.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file; unset: the paper's settings, for the embedded backbone what suits it."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example meta.steps=500; repeatable.")
     ] = None,
@@ -92,7 +96,11 @@ def train(
     run_config = load_run_config(config, set_ or ())
     require_new_place(Place(out), overwrite=overwrite, resume=resume)
     from supmer_ray.console import stage
+    from supmer_ray.data.store import read_manifest
     from supmer_ray.train import train as run
+
+    if read_manifest(store).backbone.name == "embedded":
+        run_config = load_run_config(config, set_ or (), read_yaml(embedded.SETTINGS)["run"])
 
     with stage("Meta-training", "steps") as line:
         progress = line.train_row(run_config.meta.steps)
@@ -148,7 +156,7 @@ def adapt(
     from supmer_ray.meta.state import backbone_name, load_checkpoint
     from supmer_ray.model.backbone import best_device, load_backbone
 
-    name = backbone or (backbone_name(checkpoint) if checkpoint else "embedded")
+    name = whole_name(backbone) if backbone else (backbone_name(checkpoint) if checkpoint else "embedded")
     values: dict[str, Any] = {}
     if name == "embedded":
         values |= read_yaml(embedded.SETTINGS)["adapt"]

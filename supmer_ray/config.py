@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from supmer_ray.errors import UserError, nearest
 
@@ -377,11 +377,22 @@ class SweepConfig(_Section):
             raise ValueError(f"space tries {key} = {value!r}: {reason}") from None
 
 
+def whole_name(backbone: str) -> str:
+    """The name of a backbone as it is understood everywhere: a folder's, by its whole path.
+
+    Workers have other working directories than the process that was told the name.
+    """
+    return str(Path(backbone).absolute()) if backbone != "embedded" and Path(backbone).is_dir() else backbone
+
+
+BackboneName = Annotated[str, AfterValidator(whole_name)]
+
+
 class PrepareConfig(_Section):
     """How a store is built from text."""
 
     sources: tuple[str, ...] = Field(min_length=1)
-    backbone: str = "embedded"
+    backbone: BackboneName = "embedded"
     domains: int = Field(250, ge=2)
     max_documents: int | None = Field(None, ge=1, description="stop reading each source after this many documents")
     sentence_length: int = Field(128, ge=8, description="tokens kept of a sentence")
@@ -403,7 +414,7 @@ class PrepareConfig(_Section):
 class EvaluateConfig(_Section):
     """How methods are compared: the adaptation, and the meta-training of those that have no checkpoint."""
 
-    backbone: str = Field("embedded", description="'embedded', a folder, or a hub name")
+    backbone: BackboneName = Field("embedded", description="'embedded', a folder, or a hub name")
     baseline: str = Field("prompt-tuning", description="the method that the others' differences are taken to")
     pattern: int = Field(0, ge=0, description="which of a task's patterns; one that has fewer uses its last")
     precision: Precision | None = Field(
@@ -520,9 +531,11 @@ def assign(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     return {**result, first: assign(below, rest, value)}
 
 
-def load_run_config(file: Path | None, assignments: Iterable[str] = ()) -> RunConfig:
-    """The run's configuration from a YAML file (or the defaults) and `--set` overrides."""
-    values = read_yaml(file) if file else {}
+def load_run_config(
+    file: Path | None, assignments: Iterable[str] = (), defaults: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The run's configuration from a YAML file (or `defaults`, or the schema's) and `--set` overrides."""
+    values = read_yaml(file) if file else defaults or {}
     where = str(file) if file else "the command line"
     return build(RunConfig, override(values, assignments), where)
 
