@@ -7,7 +7,10 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from supmer_ray.config import WorkersConfig
 from supmer_ray.errors import UserError
@@ -17,6 +20,12 @@ KNOCK_SECONDS = 20.0
 
 SETTLE_SECONDS = 5.0
 """How long what has just ended may take to give its CPUs back."""
+
+RESTART_SECONDS = 10.0
+"""How long CPUs must be free after they were taken: a run that restarts its workers gives them back for a moment."""
+
+TURN = ("supmer-start", "supmer")
+"""Name and namespace of the actor that stands for the run that is starting."""
 
 BUILDER_CPUS = 0.5
 """What a builder of meta-tasks reserves: it is idle most of the time, waiting for the training step."""
@@ -99,16 +108,43 @@ def needed_cpus(workers: WorkersConfig) -> float:
     return workers.count * (workers.cpus + workers.builders * BUILDER_CPUS)
 
 
-def waits_for(workers: WorkersConfig) -> str | None:
-    """A sentence for a run that fits the cluster but not what is free of it now; it begins when others end."""
+def take_turn(workers: WorkersConfig, tell: Callable[[str], None]) -> Callable[[], None]:
+    """Wait until a run is the only one that starts, and what it needs of the cluster is free.
+
+    Ray Train reserves a run's workers, and its builders take what is left: two runs that start at once could each
+    have their workers and leave none a CPU to build with.
+
+    Args:
+        tell: told once what the run waits for.
+
+    Returns:
+        What to call when the run has all that it needs; a driver that dies gives its turn back too.
+    """
     import ray
 
-    need, end = needed_cpus(workers), time.monotonic() + SETTLE_SECONDS
-    while (free := ray.available_resources().get("CPU", 0.0)) < need:
-        if time.monotonic() > end:
-            return f"The run waits for {need:g} CPUs; {free:g} of the cluster's are free."
+    class Turn:
+        """An actor of which there can be one, for as long as its driver lives."""
+
+    need, began = needed_cpus(workers), time.monotonic()
+    name, namespace = TURN
+    turn: Any = None
+    busy, told = began - RESTART_SECONDS, False
+    while True:
+        now, reason = time.monotonic(), "another run to have started"
+        if turn is None:
+            with suppress(ValueError):  # there is one already
+                turn = ray.remote(Turn).options(num_cpus=0, name=name, namespace=namespace).remote()
+        if turn is not None:
+            free = ray.available_resources().get("CPU", 0.0)
+            if free >= need and now - busy >= RESTART_SECONDS:
+                return lambda: ray.kill(turn)
+            if free < need:
+                busy = now
+            reason = f"{need:g} CPUs; {free:g} of the cluster's are free"
+        if not told and now - began > SETTLE_SECONDS:
+            tell(f"The run waits for {reason}.")
+            told = True
         time.sleep(0.5)
-    return None
 
 
 def require_room(resources: Resources, workers: WorkersConfig) -> None:
@@ -129,6 +165,13 @@ def require_room(resources: Resources, workers: WorkersConfig) -> None:
         raise UserError(
             f"A worker of {workers.cpus:g} CPUs has to lie on one node, and the largest has "
             f"{max(resources.node_cpus):g}; lower workers.cpus."
+        )
+    holding = sum(int(cpus / workers.cpus + 1e-9) for cpus in resources.node_cpus)
+    if workers.count > holding:
+        nodes = ", ".join(f"{cpus:g}" for cpus in resources.node_cpus)
+        raise UserError(
+            f"{holding} workers of {workers.cpus:g} CPUs fit the cluster's nodes of {nodes} CPUs, and workers.count is "
+            f"{workers.count}; lower one of them."
         )
     if workers.gpu and workers.count > resources.gpus:
         raise UserError(

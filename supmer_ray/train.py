@@ -14,13 +14,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import connect, require_room, waits_for
+from supmer_ray.cluster import connect, require_room, take_turn
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
-from supmer_ray.errors import Stopped, UserError
+from supmer_ray.errors import Stopped, UserError, require_outside
 from supmer_ray.files import Place, held, read_sealed, require_new_place, whole_folder
 from supmer_ray.meta.loop import REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, worker_loop
 from supmer_ray.meta.record import METRICS_FILE
@@ -85,20 +86,20 @@ def train(
     require_loggers(config.monitoring.loggers, place)
     if resume:
         _require_same_run(place, config, store)
+    if overwrite and not place.remote:
+        require_outside(place.local, {"store": store})
     with nullcontext() if place.remote else held(place.local, "a run"):
         resources = connect()
         require_room(resources, config.workers)
         if overwrite:
             place.parent.delete(place.name)
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
-        if progress and (sentence := waits_for(config.workers)):
-            progress({"kind": "notice", "step": 0, "text": sentence})
         settings = {"store": str(store), "config": config.model_dump(mode="json")}
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
         for left in (REFUSAL_FILE, STOP_FILE):
             place.delete(left)
-        _forget_damaged_notes(place)
-        _fit(RunPlan(config, store, place), gpu=resources.has_gpus_for(config.workers), progress=progress)
+        started = take_turn(config.workers, partial(_notice, progress))
+        _fit(RunPlan(config, store, place), resources.has_gpus_for(config.workers), progress, started)
         return _conclude(place)
 
 
@@ -109,6 +110,7 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    _forget_damaged_notes(plan.out)
     workers = plan.config.workers
     filesystem, path = plan.out.filesystem()
     parent, _, name = path.rpartition("/")
@@ -132,8 +134,17 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None
     )
 
 
-def _fit(plan: RunPlan, *, gpu: bool, progress: Progress | None) -> None:
-    """Run the trainer and pass the metrics rows on, until it ends or a signal asks for the end."""
+def _notice(progress: Progress | None, text: str) -> None:
+    if progress:
+        progress({"kind": "notice", "step": 0, "text": text})
+
+
+def _fit(plan: RunPlan, gpu: bool, progress: Progress | None, started: Callable[[], None]) -> None:
+    """Run the trainer and pass the metrics rows on, until it ends or a signal asks for the end.
+
+    Args:
+        started: called when the first new row is there, or the run has ended without one.
+    """
     trainer = make_trainer(plan, gpu=gpu)
     failures: list[BaseException] = []
 
@@ -146,13 +157,21 @@ def _fit(plan: RunPlan, *, gpu: bool, progress: Progress | None) -> None:
     # Not in the main thread: Ray Train's own handler of SIGINT throws away what was not yet saved.
     thread = threading.Thread(target=run, daemon=True)
     follow = _Follow(plan.out, progress)
+    follow.look()
+    before = follow.rows
     with _stop_signals(plan.out) as told:
         thread.start()
+        try:
+            while thread.is_alive() and follow.rows == before:
+                thread.join(FOLLOW_SECONDS)
+                follow.look()
+        finally:
+            started()
         while thread.is_alive():
             thread.join(FOLLOW_SECONDS)
             follow.look()
         follow.look()
-    if failures:
+    if failures and plan.out.read(REFUSAL_FILE) is None:
         if any(_is_disk_full(error) for error in failures):
             raise UserError(
                 f"There is no room left where {plan.out} lies; make some and go on with --resume."
@@ -269,11 +288,12 @@ class _Follow:
 
     Attributes:
         step: the last one that was seen.
+        rows: how many were passed on.
     """
 
     def __init__(self, out: Place, progress: Progress | None) -> None:
         self._out, self._progress = out, progress
-        self._read = self.step = 0
+        self._read = self.step = self.rows = 0
 
     def look(self) -> None:
         new = self._new()
@@ -286,6 +306,7 @@ class _Follow:
                 self._read = 0  # a restarted worker has rewritten the file, and it is longer again already
                 return
             self.step = row["step"]
+            self.rows += 1
             if self._progress:
                 self._progress(row)
 
@@ -295,7 +316,10 @@ class _Follow:
         A restarted worker drops the rows of its lost steps.
         """
         if self._out.remote:
-            whole = (self._out.read(METRICS_FILE) or "").encode()
+            text = self._out.glance(METRICS_FILE)
+            if text is None:
+                return b""
+            whole = text.encode()
             self._read = 0 if len(whole) < self._read else self._read
             return whole[self._read :]
         file = self._out.local / METRICS_FILE
