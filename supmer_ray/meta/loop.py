@@ -251,6 +251,8 @@ def worker_loop(settings: dict[str, Any]) -> None:
         settings: `plan`, the `RunPlan`.
     """
     plan: RunPlan = settings["plan"]
+    if plan.out.read(REFUSAL_FILE) is not None:
+        return  # Ray Train has started all workers again after one had refused to go on
     if plan.objective:
         _note_group(plan.out)
     try:
@@ -259,10 +261,16 @@ def worker_loop(settings: dict[str, Any]) -> None:
         return
     except (UserError, FloatingPointError) as error:
         plan.out.write(REFUSAL_FILE, str(error))
+        if isinstance(error, RefusedAmidst):
+            raise
 
 
 class RefusedElsewhere(Exception):
     """Another worker of the run cannot begin, and leaves the sentence that says why."""
+
+
+class RefusedAmidst(UserError):
+    """What a worker refuses while the others wait for it in a step: only the end of all workers frees those."""
 
 
 @contextmanager
@@ -320,14 +328,14 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             backbone.checkpoint_activations()
         formats = make_formats(config, backbone)
 
-        state, damaged = restore(host.snapshots(), config, backbone)
+        identity = checkpoint_identity(store)
+        state, damaged = restore(host.snapshots(), config, backbone, identity["corpus"])
         schedule, last = config.schedule, config.meta.steps
         source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
         # The builders start while this worker validates.
         shards = ahead(stream_shards(source, range(state.progress.step, last), builders=config.workers.builders))
         learner = Learner(config, backbone, state, rank, host.workers)
         builder = TaskBuilder(store, formats, config.tasks, config.seed)
-    identity = checkpoint_identity(store)
     types = plan.validation_types or config.tasks.types
     with closing(Record(config, plan.out, state.progress.step, host.workers) if rank == 0 else NoRecord()) as record:
 
@@ -349,7 +357,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             # The sweep was killed after this trial's last snapshot and before it noted what the trial had found.
             report({"step": last, **plan.objective(learner, learner.validate(builder, types))})
         reached["validated"] = time.time()
-        asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and plan.out.read(STOP_FILE) is not None)
+        asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and plan.out.glance(STOP_FILE) is not None)
         for batch, waited in _timed(shards):
             started = time.perf_counter()
             metrics = learner.train_step(batch, stop=asked())
@@ -389,23 +397,33 @@ def snapshots_in(run: Place) -> list[Any]:
     return [Checkpoint(f"{path}/{name}", filesystem) for name in names if not name.endswith(".json")]
 
 
-def restore(snapshots: Sequence[Any], config: RunConfig, backbone: Backbone) -> tuple[MetaState, list[str]]:
+def restore(
+    snapshots: Sequence[Any], config: RunConfig, backbone: Backbone, corpus: str
+) -> tuple[MetaState, list[str]]:
     """The state to go on from: the newest snapshot that is whole, or a fresh one where there is none.
+
+    Args:
+        corpus: fingerprint of the store's text.
 
     Returns:
         The state, and one sentence for each damaged snapshot that was passed over.
 
     Raises:
-        UserError: they belong to another run.
+        UserError: they belong to another run, or to one on another text.
     """
     damaged: list[str] = []
     for snapshot in snapshots:
         with snapshot.as_directory() as folder:
             try:
-                read_sealed(Path(folder), "a checkpoint")
+                sealed = read_sealed(Path(folder), "a checkpoint")
             except UserError as error:
                 damaged.append(str(error))
                 continue
+            if sealed["corpus"] != corpus:
+                raise UserError(
+                    "The store holds another text than when this run was started; resume it on the store as it was, or "
+                    "start a new run."
+                )
             return MetaState.resume(Path(folder), config, backbone), damaged
     return MetaState.fresh(config, backbone), damaged
 
@@ -459,10 +477,17 @@ class Every:
 
 
 def _timed(shards: Iterator[TaskBatch]) -> Iterator[tuple[TaskBatch, float]]:
-    """Each shard with the seconds that the worker waited for it."""
+    """Each shard with the seconds that the worker waited for it.
+
+    Raises:
+        RefusedAmidst: what a builder refuses.
+    """
     while True:
         started = time.perf_counter()
-        batch = next(shards, None)
+        try:
+            batch = next(shards, None)
+        except UserError as error:
+            raise RefusedAmidst(str(error)) from None
         if batch is None:
             return
         yield batch, time.perf_counter() - started

@@ -20,10 +20,12 @@ import pyarrow as pa
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayTaskError
 
 from supmer_ray.cluster import BUILDER_CPUS
 from supmer_ray.config import TasksConfig
 from supmer_ray.data.store import Store
+from supmer_ray.errors import UserError
 from supmer_ray.tasks.batch import TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
@@ -93,6 +95,9 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefe
     Args:
         builders: Ray tasks that build at a time; each reserves `BUILDER_CPUS`.
         prefetch: batches that are kept ready in this process.
+
+    Raises:
+        UserError: a builder's.
     """
     if not steps:
         return
@@ -104,8 +109,15 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefe
     rows = ray.data.read_datasource(
         MetaTasks(source, steps), num_cpus=BUILDER_CPUS, concurrency=builders, override_num_blocks=blocks
     )
-    for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
-        yield TaskBatch.from_arrow(row.combine_chunks())
+    try:
+        for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
+            yield TaskBatch.from_arrow(row.combine_chunks())
+    except RayTaskError as error:
+        # What a builder refuses (its node does not see the store) is a sentence, without Ray's traceback around it and
+        # without the lines on retries that Ray Data adds to it.
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause).splitlines()[0]) from None
+        raise
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

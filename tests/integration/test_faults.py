@@ -1,13 +1,16 @@
 """Faults as they come: after each, no step is lost or counted twice, and the weights are those of a quiet run."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import ray
 from faults import SETTINGS, assert_same_weights, hunting, kill, kill_workers, rows_of, whole_rows
 from safetensors.numpy import load_file, save
 
@@ -138,3 +141,39 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_nothing_is_lost(tiny_store
         train(config, tiny_store, out)
     filler.unlink()
     assert_undisturbed(train(config, tiny_store, out, resume=True), quiet, steps=60)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_gone_in_the_middle_is_one_sentence(tiny_store, tmp_path):
+    """A builder refuses long after all workers have begun: Ray Train starts them again, and they leave it at that."""
+    store = tmp_path / "store"
+    shutil.copytree(tiny_store, store)
+
+    def remove(row):
+        if row["kind"] == "step" and row["step"] == 1:
+            (store / MANIFEST).unlink()
+            assert kill("ReadMetaTasks"), "builders that have the store open would go on"
+
+    config = load_run_config(None, [*SETTINGS, "meta.steps=4000", "schedule.validate_every=4000"])
+    with pytest.raises(UserError, match=rf"^{store} has no {MANIFEST}, so it is no store"):
+        train(config, store, tmp_path / "run", progress=remove)
+
+
+@pytest.mark.slow
+def test_two_runs_that_start_at_once_take_turns(undisturbed, tiny_store, tmp_path):
+    """Two CPUs have room for either; if each took one for its worker, none would be left to build meta-tasks."""
+    settings = [part for value in SETTINGS for part in ("--set", value)]
+    command = [sys.executable, "-c", "from supmer_ray.cli import main; main()", "train", *settings]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    runs = [
+        subprocess.Popen(
+            [*command, "--store", str(tiny_store), "--out", str(tmp_path / name)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for name in ("one", "other")
+    ]  # fmt: skip
+    said = [run.communicate(timeout=500)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert sum("The run waits for" in text for text in said) == 1
+    for name in ("one", "other"):
+        assert_same_weights(tmp_path / name / "checkpoint", undisturbed.checkpoint)

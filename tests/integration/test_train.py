@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 
 import pytest
@@ -9,10 +10,14 @@ import ray
 from faults import SETTINGS, assert_same_weights, kill_workers, rows_of
 from safetensors.torch import load_file
 
-from supmer_ray.cluster import waits_for
+from supmer_ray.cli import main
+from supmer_ray.cluster import take_turn
 from supmer_ray.config import PAPER_TASK_TYPES, PrepareConfig, load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import UserError
+from supmer_ray.meta.loop import make_formats
+from supmer_ray.model.backbone import load_backbone
+from supmer_ray.tasks.stream import ShardSource, stream_shards
 from supmer_ray.train import train
 
 
@@ -110,24 +115,67 @@ def test_what_cannot_run_is_refused_before_anything_is_written(undisturbed, tiny
     assert not out.exists()
 
 
+def with_backbone(store, out, **values):
+    """A copy of a store whose manifest says other things of the backbone."""
+    shutil.copytree(store, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["backbone"] |= values
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def test_a_store_of_the_embedded_backbone_brings_the_settings_that_suit_it(tiny_store, tmp_path, monkeypatch):
+    store = with_backbone(tiny_store, tmp_path / "store", name="embedded")
+    seen = []
+
+    def note(config, *rest, **options):
+        seen.append(config)
+        raise UserError("seen")
+
+    monkeypatch.setattr("supmer_ray.train.train", note)
+    for where in (store, tiny_store):
+        with pytest.raises(SystemExit):
+            main(["train", "--store", str(where), "--out", str(tmp_path / "run"), "--set", "meta.steps=7"])
+    small, paper = seen
+    assert set(small.tasks.types) == {"nsp", "scsp", "sck"} and small.meta.prompt_rate == 0.01 and small.meta.steps == 7
+    assert set(paper.tasks.types) == set(PAPER_TASK_TYPES) and paper.meta.prompt_rate == 0.1 and paper.meta.steps == 7
+
+
+def test_what_a_builder_refuses_is_its_sentence(ray_cluster, tiny_t5, tmp_path):
+    config = load_run_config(None, SETTINGS)
+    source = ShardSource(tmp_path / "nowhere", make_formats(config, load_backbone(str(tiny_t5))), config.tasks, 0)
+    with pytest.raises(UserError, match=r"^There is no store at .*nowhere; make one with .*$"):
+        next(stream_shards(source, range(2)))
+
+
 def test_what_only_a_worker_can_see_is_refused_once_and_leaves_nothing(tiny_store, tmp_path):
     """A worker finds that the weights at the backbone's place are others than the store was prepared with."""
-    store = tmp_path / "store"
-    shutil.copytree(tiny_store, store)
-    manifest = json.loads((store / "manifest.json").read_text())
-    manifest["backbone"]["fingerprint"] = "0" * 64
-    (store / "manifest.json").write_text(json.dumps(manifest))
+    store = with_backbone(tiny_store, tmp_path / "store", fingerprint="0" * 64)
     with pytest.raises(UserError, match="was prepared with other weights"):
         train(load_run_config(None, SETTINGS), store, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_run_says_what_it_waits_for(ray_cluster):
-    workers = load_run_config(None, []).workers
-    assert waits_for(workers) is None
-    holder = ray.remote(lambda: time.sleep(60)).options(num_cpus=1.5).remote()
-    end = time.monotonic() + 30
-    while ray.available_resources().get("CPU", 0.0) > 0.5 and time.monotonic() < end:
+def test_a_run_waits_for_room_and_for_its_turn(ray_cluster):
+    workers, told = load_run_config(None, []).workers, []
+    started = take_turn(workers, told.append)
+    assert told == [], "the cluster was free"
+    holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=1.5).remote()
+    after = [0.0]
+
+    def wait():
+        take_turn(workers, told.append)()
+        after.append(time.monotonic())
+
+    second = threading.Thread(target=wait)
+    second.start()
+    while not told:
         time.sleep(0.2)
-    assert waits_for(workers) == "The run waits for 1.5 CPUs; 0.5 of the cluster's are free."
+    assert told == ["The run waits for another run to have started."]
+    started()
+    time.sleep(5)
+    assert second.is_alive(), "its turn has come, but the CPUs are taken"
+    freed = time.monotonic()
     ray.cancel(holder, force=True)
+    second.join(60)
+    assert after[-1] > freed

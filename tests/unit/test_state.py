@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from ray.train import Checkpoint
 from tiny import make_tiny_t5
 
 from supmer_ray.config import load_run_config
 from supmer_ray.errors import UserError
 from supmer_ray.meta.curriculum import beta_scale, draw_mixing, running_similarity
+from supmer_ray.meta.loop import restore
 from supmer_ray.meta.state import MetaState, load_checkpoint
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import load_backbone
@@ -102,6 +104,14 @@ def test_a_damaged_file_is_named(saved, backbone):
     file.unlink()
     with pytest.raises(UserError, match=r"prompt\.safetensors is missing"):
         load_checkpoint(saved, backbone)
+
+
+def test_a_run_goes_on_with_the_text_it_began_with(saved, backbone):
+    snapshots, config = [Checkpoint.from_directory(saved)], load_run_config(None, SETTINGS)
+    state, damaged = restore(snapshots, config, backbone, "c")
+    assert state.progress.step == 0 and not damaged
+    with pytest.raises(UserError, match="The store holds another text than when this run was started"):
+        restore(snapshots, config, backbone, "d")
 
 
 def test_what_is_no_checkpoint_is_refused(saved, backbone, tmp_path):
