@@ -23,7 +23,7 @@ from ray import tune as ray_tune
 from supmer_ray.cluster import BUILDER_CPUS, Resources, connect, require_room
 from supmer_ray.config import RunConfig, SweepConfig
 from supmer_ray.data.store import Store
-from supmer_ray.errors import Stopped, UserError, require_new_folder
+from supmer_ray.errors import Stopped, UserError, require_new_folder, require_outside
 from supmer_ray.files import Place, held, whole_file, write_json
 from supmer_ray.sweep.space import Within, columns_of, run_config, settings_of, space
 from supmer_ray.sweep.trial import DRIVER_CPUS, Trial, make_objective, validation_types
@@ -78,16 +78,24 @@ def tune(
     types = validation_types(config, Store.open(store))
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=SWEEP_FILE)
     settings = {"store": str(store), "sweep": config.model_dump(mode="json", by_alias=True)}
-    if resume:
-        _require_same_sweep(out, settings)
+    started = _require_same_sweep(out, settings) if resume else {}
+    if overwrite:
+        require_outside(out, {"store": store})
     with held(out, "a sweep"):
         resources = connect()
         gpu = resources.has_gpus_for(config.base.workers)
-        at_a_time = concurrency(config, resources, gpu=gpu)
+        fitting = concurrency(config, resources, gpu=gpu)
+        # Ray Tune keeps to what it was started with.
+        at_a_time = started.get("at_a_time", fitting)
+        if config.base.workers.count > 1 and at_a_time > fitting:
+            raise UserError(
+                f"The sweep in {out} runs {at_a_time} trials at a time, and {fitting} fit the cluster now, where they "
+                "would keep each other from building; resume it on as large a cluster as it was started on."
+            )
         if overwrite:
             Place(str(out.parent)).delete(out.name)
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SWEEP_FILE, settings)
+        write_json(out / SWEEP_FILE, {**settings, "at_a_time": at_a_time})
         trial = Trial(config, store, out, objective, types, at_a_time, gpu)
         with watching(Watch(config, out, progress)), sigterm_as_sigint():
             found = _tuner(config, trial, resume=resume).fit()
@@ -288,10 +296,10 @@ def _conclude(config: SweepConfig, found: ray_tune.ResultGrid, out: Path) -> Swe
     return SweepResult(table, chosen, out / "best.yaml", objective)
 
 
-def _require_same_sweep(out: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to resume another search than the one that stands in `out`."""
+def _require_same_sweep(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sweep in `out` was started with; another search than that is refused."""
     try:
-        started = json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))
+        started: dict[str, Any] = json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{out} holds no sweep to resume ({SWEEP_FILE} is missing or damaged).") from None
     for key in ("store", "sweep"):
@@ -300,3 +308,4 @@ def _require_same_sweep(out: Path, settings: Mapping[str, Any]) -> None:
                 f"The sweep in {out} was started with another {'store' if key == 'store' else 'configuration'}; "
                 "resume with the same, or start a new sweep."
             )
+    return started

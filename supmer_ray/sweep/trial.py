@@ -173,7 +173,7 @@ class Trial:
                 _build_in_own_group()
                 import ray
 
-                nodes = sum(node["Alive"] for node in ray.nodes())
+                nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
                 meta_train(plan, TrialHost(-(-self.at_a_time // nodes), gpu=self.gpu))
             else:
                 _train_nested(plan, gpu=self.gpu)
@@ -213,7 +213,8 @@ def _train_nested(plan: RunPlan, *, gpu: bool) -> None:
 
     from supmer_ray.train import make_trainer
 
-    make_trainer(plan, gpu=gpu, callbacks=[TuneReportCallback()]).fit()
-    sentence = plan.out.read(REFUSAL_FILE)
-    if sentence is not None:
-        raise UserError(sentence)
+    try:
+        make_trainer(plan, gpu=gpu, callbacks=[TuneReportCallback()]).fit()
+    finally:
+        if (sentence := plan.out.read(REFUSAL_FILE)) is not None:
+            raise UserError(sentence)

@@ -33,11 +33,17 @@ class Watch:
     def __init__(self, config: SweepConfig, out: Path, progress: Progress | None) -> None:
         self._config, self._out, self._progress = config, out, progress
         self._ended: dict[str, float] = {}
+        self._lost: dict[str, float] = {}
         self._reached: dict[str, int] = {}
 
     def ended(self, trials: Sequence[Any], last: Any) -> None:
         self._ended[last.trial_id] = time.monotonic()
         self.tell(trials, last)
+
+    def recovers(self, trial: Any) -> None:
+        """A trial whose driver was lost is tried again, in a new group: the one that is noted now is a dead run's."""
+        if group := self._group(trial.trial_id):
+            self._lost[group] = time.monotonic()
 
     def reported(self, trials: Sequence[Any], trial: Any, result: Mapping[str, Any]) -> None:
         self._reached[trial.trial_id] = result.get("step", 0)
@@ -56,15 +62,24 @@ class Watch:
             self._progress(len(ended), self._config.samples, best(values, default=None), steps)
 
     def release(self, *, at_once: bool = False) -> None:
-        """Remove the groups of trials that ended a while ago: their runs are dead and cannot make new ones."""
+        """Remove the groups of trials that ended or were lost a while ago: their runs are dead and make no new ones."""
         from ray._raylet import PlacementGroupID
         from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-        for trial, since in list(self._ended.items()):
-            if at_once or time.monotonic() - since > RELEASE_SECONDS:
-                del self._ended[trial]
-                if group := Place(str(self._out / RUNS / trial)).read(GROUP_FILE):
-                    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+        def due(since: dict[str, float]) -> list[str]:
+            now = time.monotonic()
+            names = [name for name, then in since.items() if at_once or now - then > RELEASE_SECONDS]
+            for name in names:
+                del since[name]
+            return names
+
+        for group in {*due(self._lost), *map(self._group, due(self._ended))}:
+            if group:
+                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+
+    def _group(self, trial: str) -> str | None:
+        """The placement group that the trial's last run has noted."""
+        return Place(str(self._out / RUNS / trial)).read(GROUP_FILE)
 
 
 RELEASE_SECONDS = 5.0
@@ -84,6 +99,10 @@ class Listener(ray_tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if _watch:
             _watch.ended(trials, trial)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if _watch:
+            _watch.recovers(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if _watch:

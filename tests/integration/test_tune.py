@@ -8,23 +8,25 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import ray
 import torch
 import yaml
-from ray.util import placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, build, load_run_config, load_sweep_config
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import load_definition
 from supmer_ray.files import Place
-from supmer_ray.meta.loop import Learner, RunPlan, meta_train, snapshots_in
+from supmer_ray.meta.loop import GROUP_FILE, Learner, RunPlan, meta_train, snapshots_in
 from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import load_backbone
-from supmer_ray.sweep.trial import Objective
+from supmer_ray.sweep.trial import RUNS, Objective
+from supmer_ray.sweep.watch import Watch
 from supmer_ray.train import train
 from supmer_ray.tune import tune
 
@@ -52,6 +54,22 @@ def assert_all_is_free(cpus=2.0, seconds=120):
             return
         assert time.monotonic() < end, (groups, free)
         time.sleep(0.5)
+
+
+def test_a_trial_that_is_tried_again_loses_its_dead_runs_group_and_keeps_its_own(ray_cluster, tmp_path):
+    place = Place(str(tmp_path / RUNS / "trial"))
+    place.local.mkdir(parents=True)
+    watch = Watch(sweep(samples=1), tmp_path, None)
+    dead, own = (placement_group([{"CPU": 1}]) for _ in range(2))
+    place.write(GROUP_FILE, dead.id.hex())
+    watch.recovers(SimpleNamespace(trial_id="trial"))
+    place.write(GROUP_FILE, own.id.hex())
+    watch.release()
+    assert placement_group_table(dead)["state"] == "CREATED", "a run is given time to die"
+    watch.release(at_once=True)
+    assert placement_group_table(dead)["state"] == "REMOVED"
+    assert placement_group_table(own)["state"] == "CREATED"
+    remove_placement_group(own)
 
 
 def rows_of(file):
