@@ -103,7 +103,7 @@ def signals(steps: pd.DataFrame) -> Figure:
 def alignment(steps: pd.DataFrame) -> Figure:
     """How ψ's update agrees with the query gradient (s_τ) and with the raw support gradient."""
     figure, axes = _figure(3.0)
-    # s_τ = ½(1 + cos), as the spec defines it; a cosine is what both lines should be read as.
+    # s_τ = ½(1 + cos), from 0 to 1; a cosine is what both lines should be read as.
     for number, (values, label) in enumerate(
         [
             (2 * steps["similarity"] - 1, "cos(query gradient, ψ)"),

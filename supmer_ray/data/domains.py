@@ -1,7 +1,7 @@
 """Vectors become domains: k-means, then every item sorted under its domain.
 
 Embeddings flow past twice (once for a sample to fit on, once to assign all), a `Family` flows out; memory
-holds the sample and a few bytes an item. Spec, section 3: 250 domains in the paper, nine tenths train.
+holds the sample and a few bytes an item. The paper has 250 domains; nine tenths of each train.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pass = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 def cluster(items: Pass, count: int, *, domains: int, sample: int, seed: int) -> Family:
     """Sort a family's `count` items into at most `domains` domains.
 
-    Domains are found by direction (k-means on vectors of length 1), because the spec compares them by
+    Domains are found by direction (k-means on vectors of length 1), because they are compared by
     their cosine. The centroid that is kept is nevertheless the mean of the RAW embeddings of the domain's
     items: the task type scc puts it straight into the encoder's input, where its length matters. A domain
     that got no item is dropped. Within a domain the items are shuffled with the seed; nine tenths train.

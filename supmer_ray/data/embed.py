@@ -1,7 +1,7 @@
 """Sentences and pairs of neighbours become vectors: mean-pooled states of the frozen encoder.
 
 Token ids flow in, one float16 vector for each item flows out, to a file for each stretch of rows. The
-stretches are fixed by the store alone, so any number of actors writes the same files. Spec, section 3.
+stretches are fixed by the store alone, so any number of actors writes the same files (paper, section 3.1).
 
 Torch is imported where it computes: the processes that only look for the files start without it.
 """

@@ -33,7 +33,7 @@ from supmer_ray.files import sha256
 
 SCHEMA_VERSION = 2
 FAMILIES = ("nsp", "nss", "ss")
-"""Adjacent pairs, selection contexts, single sentences (spec, section 3)."""
+"""Adjacent pairs, selection contexts, single sentences (paper, section 3.1)."""
 
 SENTENCES = "sentences.arrow"
 DOCUMENTS = "documents.npy"

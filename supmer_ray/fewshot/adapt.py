@@ -1,4 +1,4 @@
-"""Prompt tuning of many runs at once (spec, section 4): θ ← AdamW(θ, ψ_φ(g; h)), ψ fixed.
+"""Prompt tuning of many runs at once: θ ← AdamW(θ, ψ_φ(g; h)), ψ fixed.
 
 A run is one prompt with its K-shot draw: a task, a data seed and a method. Runs differ only in their
 prompt and their examples, so a micro-batch mixes examples of all of them and one backward gives every
