@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from supmer_ray.config import TASK_TYPES
 from supmer_ray.data.catalog import labelled
 from supmer_ray.embedded.learned import ship
 from supmer_ray.errors import UserError
@@ -68,7 +69,10 @@ def test_prepare_train_adapt_predict(folder):
     with pytest.raises(UserError, match="without a regularizer"):
         ship(folder / "lesser", store, folder / "nothing")
     assert not (folder / "nothing").exists()
-    assert "| sck |" not in (card := (folder / "learned" / "CARD.md").read_text()) and "4 meta-steps" in card
+    card = (folder / "learned" / "CARD.md").read_text()
+    assert "4 meta-steps" in card
+    # The settings that suit the embedded backbone came without being asked for.
+    assert [name for name in TASK_TYPES if f"| {name} |" in card] == ["nsp", "scsp", "sck"]
     said = supmer(
         "adapt", "--task", task, "--checkpoint", folder / "learned", "--shots", 8, "--steps", 4, "--out", adapted
     )
