@@ -5,8 +5,9 @@
         python jobs/prepare.py --source s3://bucket/articles/ --domains 250 --out /shared/store
 
 Submit it from the project's folder. The token is in `~/.ray/auth_token` of the head; from another machine, put
-it there or into `RAY_AUTH_TOKEN`. The options are those of `supmer prepare`. `--out` and the sources that
-are paths are absolute, and every node sees them. A job that was stopped leaves nothing behind: submit it again.
+it there or into `RAY_AUTH_TOKEN`. The options are those of `supmer prepare`. `--out` is an absolute path that
+every node sees, as are the sources that are paths, or a URI (`s3://…`). A job that was stopped leaves nothing
+behind: submit it again.
 """
 
 import sys

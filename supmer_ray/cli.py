@@ -25,7 +25,7 @@ from supmer_ray.config import (
     whole_name,
 )
 from supmer_ray.errors import Stopped, UserError, require_new_folder
-from supmer_ray.files import Place, require_new_place
+from supmer_ray.files import Place, require_new_place, without_keys
 
 app = typer.Typer(
     help="Learn a universal soft prompt and a gradient regularizer from unlabeled text, on Ray (SUPMER).",
@@ -37,6 +37,8 @@ app = typer.Typer(
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output already holds.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+OutPlace = Annotated[str, typer.Option("--out", help="Folder to write, or the URI of one (s3://…).")]
+InStore = Annotated[str, typer.Option("--store", help="What 'supmer prepare' wrote: a folder or its URI.")]
 
 
 @app.command()
@@ -45,7 +47,7 @@ def prepare(
         list[str],
         typer.Option(help="Text: files, a folder, JSONL, Parquet, CSV, a datasets folder, a catalog name; repeatable."),
     ],
-    out: Out,
+    out: OutPlace,
     backbone: Annotated[str, typer.Option(help="'embedded', a folder, or a hub name.")] = "embedded",
     domains: Annotated[int, typer.Option(help="Domains (clusters) of each data family.")] = 250,
     max_documents: Annotated[int | None, typer.Option(help="Read at most this many documents of each source.")] = None,
@@ -64,24 +66,25 @@ def prepare(
         "seed": seed,
     }
     config = build(PrepareConfig, override(values, set_ or ()), "the command line")
-    require_new_folder(out, overwrite=overwrite)
+    place = Place.of(out)
+    require_new_place(place, overwrite=overwrite)
     from supmer_ray.cluster import connect
     from supmer_ray.console import stage
     from supmer_ray.data.prepare import prepare as build_store
 
     connect()
     with stage("Reading text", "documents") as line:
-        store = build_store(config, out, overwrite=overwrite, progress=line.named)
+        store = build_store(config, place, overwrite=overwrite, progress=line.named)
     manifest = store.manifest
-    print(f"{out}: {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} tokens")
+    print(f"{place}: {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} tokens")
     for name, family in manifest.families.items():
         print(f"  {name}: {family.items:,} items in {family.domains} domains")
 
 
 @app.command()
 def train(
-    store: Annotated[Path, typer.Option(help="What 'supmer prepare' wrote.")],
-    out: Annotated[str, typer.Option(help="Folder to write, or the URI of one (s3://…).")],
+    store: InStore,
+    out: OutPlace,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file; unset: the paper's settings, for the embedded backbone what suits it."),
@@ -94,7 +97,7 @@ def train(
 ) -> None:
     """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
     run_config = load_run_config(config, set_ or ())
-    require_new_place(Place(out), overwrite=overwrite, resume=resume)
+    require_new_place(Place.of(out), overwrite=overwrite, resume=resume, can_resume=True)
     from supmer_ray.console import stage
     from supmer_ray.data.store import read_manifest
     from supmer_ray.train import train as run
@@ -111,7 +114,7 @@ def train(
 @app.command()
 def tune(
     config: Annotated[Path, typer.Option(help="Search-space file, for example tune_configs/smoke.yaml.")],
-    store: Annotated[Path, typer.Option(help="What 'supmer prepare' wrote.")],
+    store: InStore,
     out: Out,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
     overwrite: Overwrite = False,
@@ -125,7 +128,7 @@ def tune(
     with stage("Searching", "trials") as line:
         result = run(sweep, store, out, resume=resume, overwrite=overwrite, progress=line.trials_done)
     print(f"{result.file}: the best of {len(result.trials)} trials, objective {result.objective:.4f}")
-    print(f"Next: supmer train --config {result.file} --store {store} --out RUN")
+    print(f"Next: supmer train --config {result.file} --store {without_keys(store)} --out RUN")
 
 
 @app.command()
@@ -199,7 +202,7 @@ def evaluate(
     curve: Annotated[
         str | None, typer.Option(help="shots, prompt-length, domains, corpus-size, meta-steps, or a YAML file.")
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="What 'supmer prepare' wrote, to meta-train on.")] = None,
+    store: Annotated[str | None, typer.Option(help="What 'supmer prepare' wrote, to meta-train on.")] = None,
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(help="METHOD=RUN/checkpoint, instead of meta-training it; 'supmer=embedded' ships."),
@@ -243,7 +246,7 @@ def evaluate(
         settings,
         seeds,
         load_curve(curve) if curve else None,
-        store,
+        Place.of(store) if store else None,
         given,
         data,
     )

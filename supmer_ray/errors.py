@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from textwrap import shorten
 
@@ -43,25 +43,9 @@ def require_path(folder: Path) -> None:
     """
     if scheme := next((part for part in folder.parts if re.fullmatch(r"[a-z][a-z0-9+.-]+:", part)), None):
         raise UserError(
-            f"A {scheme}//… address was given where a path is needed: of all outputs, only a run of 'supmer train' may "
-            "lie in an object store; name a folder that every node sees."
+            f"A {scheme}//… address was given where a path is needed: in an object store may lie text, stores and the "
+            "runs of 'supmer train'; name a folder that every node sees."
         )
-
-
-def require_outside(out: Path, inputs: Mapping[str, Path | None]) -> None:
-    """Refuse to replace an output that holds what the command is to read.
-
-    Args:
-        inputs: what each is ("store") → where it lies.
-
-    Raises:
-        UserError: one of them lies within `out`, links followed.
-    """
-    for what, place in inputs.items():
-        if place is not None and place.resolve().is_relative_to(out.resolve()):
-            raise UserError(
-                f"The {what} {place} lies within the output {out}, which --overwrite would delete; name another output."
-            )
 
 
 def require_new_folder(

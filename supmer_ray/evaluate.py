@@ -31,7 +31,7 @@ from supmer_ray.cluster import connect
 from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, Store, read_manifest
-from supmer_ray.errors import UserError, require_new_folder, require_outside
+from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.fewshot.comparison import gaps, markdown, summarize
 from supmer_ray.fewshot.definition import load_definition
 from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
@@ -39,7 +39,7 @@ from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
 from supmer_ray.fewshot.tables import write_table
-from supmer_ray.files import held, read_sealed, whole_file, without_keys, write_json
+from supmer_ray.files import Place, held, read_sealed, require_outside, whole_file, without_keys, write_json
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import Backbone, load_backbone
@@ -110,7 +110,7 @@ class Plan:
     config: EvaluateConfig
     seeds: int = 5
     curve: Curve | None = None
-    store: Path | None = None
+    store: Place | None = None
     checkpoints: Mapping[str, Path] | None = None
     data: Path | None = None
 
@@ -151,11 +151,12 @@ class Plan:
             for method in self.methods
         ]
 
-    def inputs(self) -> dict[str, Path]:
+    def inputs(self) -> dict[str, Place | None]:
         """The files and folders that were given, by what they are."""
-        found = {f"checkpoint for '{name}'": folder for name, folder in (self.checkpoints or {}).items()}
-        given = {"store": self.store, "data folder": self.data}
-        return found | {what: path for what, path in given.items() if path}
+        checkpoints = {
+            f"checkpoint for '{name}'": Place.of(folder) for name, folder in (self.checkpoints or {}).items()
+        }
+        return {**checkpoints, "store": self.store, "data folder": Place.of(self.data) if self.data else None}
 
     def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:
         """All of it as JSON, with the tasks that `rows` holds; a resumed evaluation must have the same."""
@@ -170,7 +171,7 @@ class Plan:
             "config": self.config.model_dump(mode="json"),
             "seeds": self.seeds,
             "curve": self.curve.model_dump(mode="json") if self.curve else None,
-            "store": str(self.store.resolve()) if self.store else None,
+            "store": str(self.store.resolved) if self.store else None,
             "checkpoints": given,
             "data": str(self.data.resolve()) if self.data else None,
         }
@@ -202,7 +203,7 @@ def evaluate(
     out = Path(out).absolute()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
     if overwrite:
-        require_outside(out, plan.inputs())
+        require_outside(Place.of(out), plan.inputs())
     rows = _read_tasks(plan)
     description = plan.description(rows)
     if resume:

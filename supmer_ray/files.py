@@ -9,8 +9,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from supmer_ray.errors import UserError, first_line, require_new_folder, require_path
@@ -100,30 +102,35 @@ def read_sealed(folder: Path, what: str, name: str = "config.json") -> dict[str,
 
 
 @contextmanager
-def held(folder: Path, who: str) -> Iterator[None]:
+def held(folder: Path, who: str, *, wait: bool = False) -> Iterator[None]:
     """Keep `folder` to this process while the block runs, by a lock that ends with the process.
 
     The lock lies beside the folder, so that the folder may be replaced meanwhile.
 
     Args:
         who: what works there, for the message ("a run").
+        wait: until whoever holds it has ended.
 
     Raises:
         UserError: another process holds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
-    with lock.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
-                raise BlockingIOError  # its holder has just ended and removed it
-        except BlockingIOError:
-            raise UserError(f"In {folder} {who} is going on; wait for its end, or name another folder.") from None
-        try:
-            yield
-        finally:
-            lock.unlink()
+    while True:
+        with lock.open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
+                    raise BlockingIOError  # its holder has just ended and removed it
+            except BlockingIOError:
+                if wait:
+                    continue
+                raise UserError(f"In {folder} {who} is going on; wait for its end, or name another folder.") from None
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
 
 
 CLOUD_PATIENCE_S = 30
@@ -157,16 +164,39 @@ def remote_filesystem(uri: str) -> tuple[FileSystem, str]:
         raise UserError(f"Cannot reach {without_keys(uri)} ({why}); write a path, s3://… or gs://….") from None
 
 
+@dataclass(frozen=True, repr=False)
 class Place:
     """A folder that every node sees: a path, or a URI of an object store (`s3://…`, `gs://…`).
 
     Object stores know neither folders nor appending; what is here works on both.
+
+    Attributes:
+        where: the absolute path, or the URI with its keys and options.
     """
 
-    def __init__(self, where: str) -> None:
-        self.remote = "://" in where
-        address, mark, query = where.partition("?")
-        self.where = address.rstrip("/") + mark + query if self.remote else str(Path(where).absolute())
+    where: str
+
+    def __post_init__(self) -> None:
+        address, mark, query = self.where.partition("?")
+        where = address.rstrip("/") + mark + query if self.remote else str(Path(self.where).absolute())
+        object.__setattr__(self, "where", where)
+
+    @staticmethod
+    def of(where: Where) -> Place:
+        """What a caller names as a path, a URI or a place.
+
+        Raises:
+            UserError: a `Path` was made of a URI.
+        """
+        if isinstance(where, Place):
+            return where
+        require_path(Path("" if "://" in str(where) else where))
+        return Place(str(where))
+
+    @property
+    def remote(self) -> bool:
+        """Whether it lies in an object store."""
+        return "://" in self.where
 
     def __str__(self) -> str:
         return without_keys(self.where) if self.remote else self.where
@@ -198,6 +228,15 @@ class Place:
     def name(self) -> str:
         """The last part of the path."""
         return self._parts()[0].rpartition("/")[2]
+
+    @property
+    def resolved(self) -> Place:
+        """The same place, links followed where it is a path."""
+        return self if self.remote else Place(str(self.local.resolve()))
+
+    def lies_within(self, other: Place) -> bool:
+        """Whether this is the other place or lies in it, links followed."""
+        return self.remote == other.remote and f"{self.resolved}/".startswith(f"{other.resolved}/")
 
     def filesystem(self) -> tuple[FileSystem, str]:
         """The pyarrow file system and the path within it.
@@ -237,6 +276,47 @@ class Place:
         with whole_file(self.local / name) as scratch:
             scratch.write_text(text, encoding="utf-8")
 
+    @contextmanager
+    def workshop(self, last: str) -> Iterator[tuple[Path, Place]]:
+        """A folder of this machine to build this one in, which appears here when the block ends well.
+
+        On a path it replaces what stands here in one step. In an object store what stands here is deleted and the
+        files are written one by one.
+
+        Args:
+            last: the file that tells a whole folder, which is written last.
+
+        Yields:
+            The folder, and a place beside this one for what several nodes share until then; of it nothing is left.
+
+        Raises:
+            UserError: the object store does not take the files.
+        """
+        shared = self.parent / f".{self.name}.shared-{uuid.uuid4().hex[:8]}"
+        try:
+            if self.remote:
+                with TemporaryDirectory(prefix="supmer-") as folder:
+                    yield Path(folder), shared
+                    self._upload(Path(folder), last)
+            else:
+                shared.local.mkdir(parents=True)
+                with whole_folder(self.local) as folder:
+                    yield folder, shared
+        finally:
+            with suppress(OSError):  # what made the block end is to be heard of, not this
+                self.parent.delete(shared.name)
+
+    def _upload(self, folder: Path, last: str) -> None:
+        from pyarrow.fs import copy_files
+
+        filesystem, path = self.filesystem()
+        try:
+            self.parent.delete(self.name)
+            for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
+                copy_files(str(file), f"{path}/{file.name}", destination_filesystem=filesystem)
+        except OSError as error:
+            raise UserError(f"Cannot write to {self} ({first_line(error)}); check the address and the keys.") from None
+
     def delete(self, name: str) -> None:
         """Remove a file or a folder, if it is there."""
         from pyarrow.fs import FileType
@@ -256,10 +336,32 @@ class Place:
         return sorted(info.base_name for info in filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
 
 
-def require_new_place(place: Place, *, overwrite: bool, resume: bool, marker: str | None = None) -> None:
-    """`require_new_folder` for the output of a command with `--resume`, wherever it lies."""
+Where = str | Path | Place
+"""How callers may name a place."""
+
+
+def require_outside(out: Place, inputs: Mapping[str, Place | None]) -> None:
+    """Refuse to replace an output that holds what the command is to read.
+
+    Args:
+        inputs: what each is ("store") → where it lies.
+
+    Raises:
+        UserError: one of them lies within `out`, links followed.
+    """
+    for what, place in inputs.items():
+        if place is not None and place.lies_within(out):
+            raise UserError(
+                f"The {what} {place} lies within the output {out}, which --overwrite would delete; name another output."
+            )
+
+
+def require_new_place(
+    place: Place, *, overwrite: bool, resume: bool = False, can_resume: bool = False, marker: str | None = None
+) -> None:
+    """`require_new_folder`, wherever the output lies."""
     if not place.remote:
-        require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=True, marker=marker)
+        require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=can_resume, marker=marker)
         return
     if "/" not in place.filesystem()[1].strip("/"):
         raise UserError(f"{place} is a whole bucket; name a folder in it.")
@@ -269,10 +371,8 @@ def require_new_place(place: Place, *, overwrite: bool, resume: bool, marker: st
     except OSError as error:
         raise UserError(f"Cannot reach {place} ({first_line(error)}); check the address and the keys.") from None
     if taken and not (overwrite or resume):
-        raise UserError(
-            f"The output {place} already holds a run; choose another, or add --overwrite to replace it or "
-            "--resume to go on."
-        )
+        ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
+        raise UserError(f"The output {place} already holds a run; choose another, or add {ways}.")
     if taken and overwrite and not ours:
         raise UserError(
             f"{place} holds something else than this command writes ({marker} is missing), so it is not overwritten; "

@@ -142,9 +142,11 @@ def _run(folder: Path, prefix: str) -> _Section:
             "Gradient alignment: how far the regularized gradient ψ points the way of the query gradient, and of the "
             "raw support gradient.",
         )
-        store = Path(settings["store"])
-        if store.is_dir():
-            opened = Store.open(store)
+        try:
+            opened = Store.open(settings["store"])
+        except UserError as error:
+            section.blocks.append(f"<p>The domains are not drawn. {html.escape(str(error))}</p>")
+        else:
             marked = figures.spread_domains(opened, EXAMPLES)
             add(
                 "domains",
@@ -153,10 +155,6 @@ def _run(folder: Path, prefix: str) -> _Section:
                 "numbered ones below.",
             )
             section.blocks.append(_domain_table(opened, marked))
-        else:
-            section.blocks.append(
-                f"<p>The store {html.escape(str(store))} is not here, so its domains are not drawn.</p>"
-            )
     if not validations.empty:
         section.blocks.append(_validation_table(validations))
     section.blocks.append(

@@ -21,8 +21,8 @@ from typing import Any
 from supmer_ray.cluster import connect, require_room, take_turn
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
-from supmer_ray.errors import Stopped, UserError, require_outside
-from supmer_ray.files import Place, held, read_sealed, require_new_place, whole_folder
+from supmer_ray.errors import Stopped, UserError
+from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
 from supmer_ray.meta.loop import REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, worker_loop
 from supmer_ray.meta.record import METRICS_FILE
 from supmer_ray.monitoring.loggers import require_loggers
@@ -61,7 +61,7 @@ class TrainResult:
 
 def train(
     config: RunConfig,
-    store: Path,
+    store: Where,
     out: Path | str,
     *,
     resume: bool = False,
@@ -71,7 +71,7 @@ def train(
     """Meta-train a soft prompt and a gradient regularizer with Ray Train.
 
     Args:
-        store: what `prepare` wrote.
+        store: what `prepare` wrote, a folder or the URI of one.
         out: the run's folder, or the URI of one (`s3://…`); on a cluster every node must see it.
         resume: go on from the last snapshot in `out`, under the configuration that stands there.
         overwrite: replace what `out` holds.
@@ -80,14 +80,14 @@ def train(
         UserError: unusable input, too few CPUs, or another run in `out`; nothing was written.
         Stopped: SIGTERM or SIGINT came; what was learned until then is kept for `resume`.
     """
-    place, store = Place(str(out)), store.resolve()
+    place, store = Place(str(out)), Place.of(store).resolved
     require_domains(Store.open(store), config.tasks.types)
-    require_new_place(place, overwrite=overwrite, resume=resume, marker=CONFIG_FILE)
+    require_new_place(place, overwrite=overwrite, resume=resume, can_resume=True, marker=CONFIG_FILE)
     require_loggers(config.monitoring.loggers, place)
     if resume:
         _require_same_run(place, config, store)
-    if overwrite and not place.remote:
-        require_outside(place.local, {"store": store})
+    if overwrite:
+        require_outside(place, {"store": store})
     with nullcontext() if place.remote else held(place.local, "a run"):
         resources = connect()
         require_room(resources, config.workers)
@@ -144,6 +144,9 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None, started: Callable[
 
     Args:
         started: called when the first new row is there, or the run has ended without one.
+
+    Raises:
+        Exception: of `progress`, after the run was stopped with a snapshot: none goes on with nobody looking on.
     """
     trainer = make_trainer(plan, gpu=gpu)
     failures: list[BaseException] = []
@@ -162,15 +165,20 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None, started: Callable[
     with _stop_signals(plan.out) as told:
         thread.start()
         try:
-            while thread.is_alive() and follow.rows == before:
+            try:
+                while thread.is_alive() and follow.rows == before:
+                    thread.join(FOLLOW_SECONDS)
+                    follow.look()
+            finally:
+                started()
+            while thread.is_alive():
                 thread.join(FOLLOW_SECONDS)
                 follow.look()
-        finally:
-            started()
-        while thread.is_alive():
-            thread.join(FOLLOW_SECONDS)
             follow.look()
-        follow.look()
+        except Exception:
+            plan.out.write(STOP_FILE, "")
+            thread.join()
+            raise
     if failures and plan.out.read(REFUSAL_FILE) is None:
         if any(_is_disk_full(error) for error in failures):
             raise UserError(
@@ -263,7 +271,7 @@ def _forget_damaged_notes(place: Place) -> None:
         place.delete(note)
 
 
-def _require_same_run(out: Place, config: RunConfig, store: Path) -> None:
+def _require_same_run(out: Place, config: RunConfig, store: Place) -> None:
     """Refuse to resume under another configuration than the run was started with."""
     text = out.read(CONFIG_FILE)
     if text is None:

@@ -23,8 +23,8 @@ from ray import tune as ray_tune
 from supmer_ray.cluster import BUILDER_CPUS, Resources, connect, require_room
 from supmer_ray.config import RunConfig, SweepConfig
 from supmer_ray.data.store import Store
-from supmer_ray.errors import Stopped, UserError, require_new_folder, require_outside
-from supmer_ray.files import Place, held, whole_file, write_json
+from supmer_ray.errors import Stopped, UserError, require_new_folder
+from supmer_ray.files import Place, Where, held, require_outside, whole_file, write_json
 from supmer_ray.sweep.space import Within, columns_of, run_config, settings_of, space
 from supmer_ray.sweep.trial import DRIVER_CPUS, Trial, make_objective, validation_types
 from supmer_ray.sweep.watch import Listener, Progress, Watch, sigterm_as_sigint, watching
@@ -55,7 +55,7 @@ class SweepResult:
 
 def tune(
     config: SweepConfig,
-    store: Path,
+    store: Where,
     out: Path,
     *,
     resume: bool = False,
@@ -65,7 +65,7 @@ def tune(
     """Search the settings of meta-training with Ray Tune.
 
     Args:
-        store: what `prepare` wrote.
+        store: what `prepare` wrote, a folder or the URI of one.
         out: the sweep's folder; on a cluster it must be a path that every node sees.
         resume: go on with the sweep in `out`: finished trials stand, unfinished ones go on from their snapshots.
 
@@ -73,14 +73,14 @@ def tune(
         UserError: unusable input, a trial that does not fit the cluster, or no trial that came to its end.
         Stopped: SIGTERM or SIGINT came; `resume` goes on.
     """
-    out, store = out.resolve(), store.resolve()
+    out, store = out.resolve(), Place.of(store).resolved
     objective = make_objective(config.objective)
     types = validation_types(config, Store.open(store))
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=SWEEP_FILE)
     settings = {"store": str(store), "sweep": config.model_dump(mode="json", by_alias=True)}
     started = _require_same_sweep(out, settings) if resume else {}
     if overwrite:
-        require_outside(out, {"store": store})
+        require_outside(Place(str(out)), {"store": store})
     with held(out, "a sweep"):
         resources = connect()
         gpu = resources.has_gpus_for(config.base.workers)

@@ -8,6 +8,7 @@ from supmer_ray.data.catalog import labelled
 from supmer_ray.evaluate import Plan, evaluate
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.suite import Curve, Suite
+from supmer_ray.files import Place
 
 META = {
     "prompt": {"length": 4},
@@ -50,7 +51,7 @@ def plan(tasks, tiny_t5, tiny_store):
             build(EvaluateConfig, values, "the test"),
             seeds=2,
             curve=curve,
-            store=tiny_store if store else None,
+            store=Place.of(tiny_store) if store else None,
             checkpoints=checkpoints,
         )
 

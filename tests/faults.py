@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import torch
@@ -45,12 +45,16 @@ def assert_same_weights(one, other):
 
 def kill(name):
     """SIGKILL every process of this machine's clusters that runs `name`; returns their ids."""
-    killed = []
-    for process in psutil.process_iter(["cmdline", "ppid"]):
-        if any(name in part for part in process.info["cmdline"] or ()) and _is_ours(process):
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-    return killed
+    found = [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any(name in part for part in process.info["cmdline"] or ()) and _is_ours(process)
+    ]
+    # Not before all are found: the child of one that is dead descends from this process no more.
+    for number in found:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    return found
 
 
 def kill_workers():

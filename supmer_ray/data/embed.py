@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from supmer_ray.data.store import Sentences, item_rows
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
+from supmer_ray.files import Place
 
 if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
     from supmer_ray.model.backbone import Backbone
 
 STRETCH = 512
@@ -66,67 +70,119 @@ def mean_pooled(backbone: Backbone, inputs: Sequence[np.ndarray], tokens_per_bat
     return result
 
 
-def sentence_file(folder: Path, stretch: int) -> Path:
-    """Where the vectors of a stretch's sentences lie: (sentences, d) float16, by row."""
-    return folder / f"sentences-{stretch:08d}.npy"
-
-
-def pair_file(folder: Path, stretch: int) -> Path:
-    """Where the vectors of the pairs that start in a stretch lie: (pairs, d) float16, by row."""
-    return folder / f"pairs-{stretch:08d}.npy"
-
-
 def stretch_rows(stretch: int, sentences: int) -> range:
     """The rows of a stretch in a table of so many sentences."""
     return range(stretch * STRETCH, min((stretch + 1) * STRETCH, sentences))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What an embedding actor is told of a stretch of rows.
+
+    Attributes:
+        number: which stretch it is.
+        tokens: those of its sentences and of the one behind them, end to end, int32.
+        offsets: (sentences + 1 or + 2,) where each sentence starts in them.
+        rows: how many sentences are its own.
+        pairs: which of them begin a pair, counted from the first.
+    """
+
+    number: int
+    tokens: np.ndarray
+    offsets: np.ndarray
+    rows: int
+    pairs: np.ndarray
+
+    @staticmethod
+    def of(sentences: Sentences, number: int) -> Stretch:
+        """A stretch of the sentence table."""
+        span = stretch_rows(number, len(sentences))
+        parts = [sentences.tokens(row) for row in range(span.start, min(span.stop + 1, len(sentences)))]
+        offsets = np.cumsum([0, *map(len, parts)])
+        pairs = item_rows("nsp", sentences.starts, span.start, span.stop) - span.start
+        return Stretch(number, np.concatenate(parts), offsets, len(span), pairs)
+
+    def sentence(self, row: int) -> np.ndarray:
+        """The tokens (n,) of a sentence, counted from the first."""
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+
+class Vectors:
+    """The files of vectors that the nodes share, two for each stretch."""
+
+    def __init__(self, folder: Place) -> None:
+        self.folder = folder
+
+    @cached_property
+    def _opened(self) -> tuple[FileSystem, str]:
+        return self.folder.filesystem()
+
+    def sentences(self, stretch: int) -> np.ndarray:
+        """(sentences, d) float16 vectors of a stretch's sentences, by row."""
+        return self._read(f"sentences-{stretch:08d}.npy")
+
+    def pairs(self, stretch: int) -> np.ndarray:
+        """(pairs, d) float16 vectors of the pairs that start in a stretch, by row."""
+        return self._read(f"pairs-{stretch:08d}.npy")
+
+    def write(self, stretch: int, sentences: np.ndarray, pairs: np.ndarray) -> None:
+        """Write both files of a stretch.
+
+        Raises:
+            UserError: the folder is not seen from this node, or the object store does not take them.
+        """
+        filesystem, path = self._opened
+        for name, vectors in (("sentences", sentences), ("pairs", pairs)):
+            try:
+                with filesystem.open_output_stream(f"{path}/{name}-{stretch:08d}.npy") as stream:
+                    np.save(stream, vectors, allow_pickle=False)
+            except FileNotFoundError:
+                raise UserError(
+                    f"The node {socket.gethostname()} does not see {self.folder.parent}, where the store is to be; "
+                    "name an output that every node of the cluster sees."
+                ) from None
+            except OSError as error:
+                if not self.folder.remote:
+                    raise
+                raise UserError(
+                    f"The node {socket.gethostname()} cannot write to {self.folder.parent} ({first_line(error)}); "
+                    "check the address and the keys."
+                ) from None
+
+    def _read(self, name: str) -> np.ndarray:
+        filesystem, path = self._opened
+        with filesystem.open_input_file(f"{path}/{name}") as stream:
+            return np.load(BytesIO(stream.read()), allow_pickle=False)
 
 
 class Embedder:
     """An actor that embeds stretches of a store's sentences and pairs into files.
 
     Args:
-        store: folder with the sentence table.
-        scratch: folder for the vectors.
+        shared: folder for the vectors.
         backbone: name of the frozen model.
         gpu: whether it has reserved a GPU.
     """
 
-    def __init__(self, store: Path, scratch: Path, backbone: str, gpu: bool) -> None:
+    def __init__(self, shared: Place, backbone: str, gpu: bool) -> None:
         import torch
 
         from supmer_ray.model.backbone import load_backbone
 
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
-        self.store, self.scratch = store, scratch
+        self.vectors = Vectors(shared)
         self.backbone = load_backbone(backbone, device=device, threads=1)
         self.budget = TOKENS_PER_BATCH[device]
 
-    @cached_property
-    def sentences(self) -> Sentences:
-        """The sentence table. Opened by the first call, whose error reaches the driver as it is.
-
-        Raises:
-            UserError: the output is not seen from this node.
-        """
-        try:
-            return Sentences(self.store)
-        except FileNotFoundError:
-            raise UserError(
-                f"The node {socket.gethostname()} does not see {self.store.parent}, where the store is to be; name an "
-                "output that every node of the cluster sees."
-            ) from None
-
-    def embed(self, stretch: int) -> int:
+    def embed(self, stretch: Stretch) -> int:
         """Write a stretch's two files; returns its sentences."""
-        rows = stretch_rows(stretch, len(self.sentences))
-        tokens = self.sentences.tokens
-        inputs = [frame(self.backbone, tokens(row)) for row in rows]
-        pairs = item_rows("nsp", self.sentences.starts, rows.start, rows.stop)
-        inputs += [frame(self.backbone, tokens(row), tokens(row + 1)) for row in pairs]
+        inputs = [frame(self.backbone, stretch.sentence(row)) for row in range(stretch.rows)]
+        inputs += [
+            frame(self.backbone, stretch.sentence(row), stretch.sentence(row + 1)) for row in stretch.pairs.tolist()
+        ]
         vectors = mean_pooled(self.backbone, inputs, self.budget)
         if not np.isfinite(vectors).all():
-            raise ValueError(f"the backbone gives embeddings that are not finite for {rows}")
+            raise ValueError(f"the backbone gives embeddings that are not finite in stretch {stretch.number}")
         half = vectors.astype(np.float16)
-        np.save(sentence_file(self.scratch, stretch), half[: len(rows)], allow_pickle=False)
-        np.save(pair_file(self.scratch, stretch), half[len(rows) :], allow_pickle=False)
-        return len(rows)
+        self.vectors.write(stretch.number, half[: stretch.rows], half[stretch.rows :])
+        return stretch.rows

@@ -2,15 +2,14 @@
 
 A `PrepareConfig` flows in and a `Store` flows out. Documents stream through Ray Data into the sentence
 table, its rows stream through embedding actors into files of vectors, and one task a family sorts those
-into domains. The driver sees one batch at a time; workers find the table and the vectors by path, so on
-several nodes the output folder has to lie where all of them reach it.
+into domains. The table is the driver's alone, which sees one batch of it at a time; the vectors lie beside
+the output, a path or an object store, where on several nodes all of them have to reach it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,16 +26,15 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data.domains import cluster, empty_family
-from supmer_ray.data.embed import STRETCH, Embedder, pair_file, sentence_file, stretch_rows
+from supmer_ray.data.embed import STRETCH, Embedder, Stretch, Vectors, stretch_rows
 from supmer_ray.data.keywords import keywords
 from supmer_ray.data.sentences import cut, tokenizer_of
 from supmer_ray.data.sources import Piece, Source, open_source
 from supmer_ray.data.store import (
-    DOCUMENTS,
     FAMILIES,
     MANIFEST,
     BackboneRecord,
-    FamilyRecord,
+    Family,
     Manifest,
     Sentences,
     SentenceWriter,
@@ -48,8 +46,8 @@ from supmer_ray.data.store import (
     write_family,
     write_manifest,
 )
-from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.files import whole_folder, without_keys
+from supmer_ray.errors import UserError
+from supmer_ray.files import Place, Where, require_new_place, without_keys
 
 WordTokens = tuple[np.ndarray, np.ndarray]
 """Which tokens of a vocabulary begin a word, and which go on with one: what `Backbone.word_tokens` gives."""
@@ -77,13 +75,14 @@ MOST_CPU_EMBEDDERS = 8
 NOUNS = {"nsp": "pairs of neighbouring sentences", "nss": "sentences with two before them", "ss": "sentences"}
 
 
-def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Store:
-    """Build a store in folder `out` from text, on the Ray cluster that this process is connected to.
+def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progress: Progress | None = None) -> Store:
+    """Build a store from text, on the Ray cluster that this process is connected to.
 
     The result depends on the sources, the backbone, the number of domains, the lengths and the seed, and
     on nothing else: neither the number of workers nor how the text is spread over files' blocks.
 
     Args:
+        out: the folder, or the URI of one (`s3://…`), that every node reaches.
         overwrite: replace a store that stands at `out`.
         progress: told of every batch: stages "Cutting sentences" (in documents, total unknown),
             "Embedding sentences" and "Finding domains" (in families).
@@ -91,34 +90,35 @@ def prepare(config: PrepareConfig, out: Path, *, overwrite: bool = False, progre
     Raises:
         UserError: something to be mended in the configuration or the text. Nothing is left at `out` then.
     """
-    out = Path(out).absolute()
-    require_new_folder(out, overwrite=overwrite, marker=MANIFEST)
+    place = Place.of(out)
+    require_new_place(place, overwrite=overwrite, marker=MANIFEST)
     tell = progress or (lambda stage, done, total, unit: None)
     sources = [open_source(name) for name in config.sources]
     _embedding_workers(config.embedders)
     backbone, words = _get(_describe.remote(config.backbone))
 
-    with whole_folder(out) as partial:
-        scratch = partial / "scratch"
-        scratch.mkdir()
+    with place.workshop(last=MANIFEST) as (folder, shared):
         with _quiet_data():
-            writer, corpus = _write_sentences(sources, config, partial, tell)
-        counts = _item_counts(partial, writer, config.domains)
-        _embed(config, partial, scratch, writer.sentences, tell)
-        families = _find_domains(config, partial, scratch, counts, backbone.d_model, words, tell)
-        shutil.rmtree(scratch)
+            writer, corpus = _write_sentences(sources, config, folder, tell)
+        sentences = Sentences(folder)
+        counts = _item_counts(sentences.starts, config.domains)
+        _embed(config, sentences, shared, tell)
+        families = _find_domains(config, sentences.starts, shared, counts, backbone.d_model, tell)
+        families["ss"] = replace(families["ss"], keywords=keywords(sentences, families["ss"], *words))
+        for name, family in families.items():
+            write_family(folder, name, family)
         manifest = Manifest(
             corpus=corpus,
             documents=writer.documents,
             sentences=writer.sentences,
             tokens=writer.tokens,
             backbone=backbone,
-            families=families,
+            families={name: family_record(family) for name, family in families.items()},
             settings=config.model_copy(update={"sources": tuple(map(without_keys, config.sources))}),
-            files=file_records(partial),
+            files=file_records(folder),
         )
-        write_manifest(partial, manifest)
-    return Store.open(out)
+        write_manifest(folder, manifest)
+    return Store.open(place)
 
 
 def _embedding_workers(asked: int | None) -> tuple[int, dict[str, int]]:
@@ -245,13 +245,15 @@ def _cut(documents: Any, backbone: str, longest: int) -> Any:
     return table.append_column("problem", documents["problem"])
 
 
-def _item_counts(folder: Path, writer: SentenceWriter, domains: int) -> dict[str, int]:
+def _item_counts(starts: np.ndarray, domains: int) -> dict[str, int]:
     """Items of each family, 0 for one that is left empty.
+
+    Args:
+        starts: (documents + 1,) first row of each document.
 
     Raises:
         UserError: the text is too small for the domains asked for.
     """
-    starts = np.load(folder / DOCUMENTS, mmap_mode="r", allow_pickle=False)
     counts = {name: count_items(name, starts) for name in FAMILIES}
     for name in ("nsp", "nss"):
         if counts[name] < PAIR_SHARE * counts["ss"]:
@@ -261,20 +263,20 @@ def _item_counts(folder: Path, writer: SentenceWriter, domains: int) -> dict[str
     if fitting < domains:
         advice = f"write domains: {fitting} or add text" if fitting >= 2 else "add text"
         raise UserError(
-            f"The sources hold {writer.documents} documents with {counts[scarcest]} {NOUNS[scarcest]}, too few for "
+            f"The sources hold {len(starts) - 1} documents with {counts[scarcest]} {NOUNS[scarcest]}, too few for "
             f"{domains} domains of {ITEMS_A_DOMAIN} on average; {advice}."
         )
     return counts
 
 
-def _embed(config: PrepareConfig, folder: Path, scratch: Path, sentences: int, tell: Progress) -> None:
-    """Write the vectors of all sentences and pairs into `scratch`."""
+def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Progress) -> None:
+    """Write the vectors of all sentences and pairs into `shared`."""
     count, reserved = _embedding_workers(config.embedders)
-    waiting = list(range(-(-sentences // STRETCH)))
+    waiting = list(range(-(-len(sentences) // STRETCH)))
     embedder: Any = ray.remote(Embedder).options(**reserved)
 
     def start() -> tuple[Any, Any]:
-        actor = embedder.remote(folder, scratch, config.backbone, "num_gpus" in reserved)
+        actor = embedder.remote(shared, config.backbone, "num_gpus" in reserved)
         return actor.__ray_ready__.remote(), actor
 
     # Stretches are given to actors that stand, and Ray restarts none: where a node leaves, an actor may have no place
@@ -284,8 +286,8 @@ def _embed(config: PrepareConfig, folder: Path, scratch: Path, sentences: int, t
         busy[ready] = actor, None
     losses: Counter[int | None] = Counter()
     done = 0
-    tell("Embedding sentences", done, sentences, "sentences")
-    while done < sentences:
+    tell("Embedding sentences", done, len(sentences), "sentences")
+    while done < len(sentences):
         (call,), _ = ray.wait(list(busy), num_returns=1)
         actor, stretch = busy.pop(call)
         try:
@@ -301,55 +303,50 @@ def _embed(config: PrepareConfig, folder: Path, scratch: Path, sentences: int, t
             continue
         if stretch is not None:
             done += rows
-            tell("Embedding sentences", done, sentences, "sentences")
+            tell("Embedding sentences", done, len(sentences), "sentences")
         if waiting:
             stretch = waiting.pop(0)
-            busy[actor.embed.remote(stretch)] = actor, stretch
+            busy[actor.embed.remote(Stretch.of(sentences, stretch))] = actor, stretch
 
 
 def _find_domains(
     config: PrepareConfig,
-    folder: Path,
-    scratch: Path,
+    starts: np.ndarray,
+    shared: Place,
     counts: dict[str, int],
     d_model: int,
-    words: WordTokens,
     tell: Progress,
-) -> dict[str, FamilyRecord]:
+) -> dict[str, Family]:
     """Cluster each family in a task of its own."""
+    documents = ray.put(np.array(starts))
     waiting = {
-        _cluster_family.remote(name, counts[name], config, folder, scratch, d_model, words): name for name in FAMILIES
+        _cluster_family.remote(name, counts[name], config, documents, shared): name for name in FAMILIES if counts[name]
     }
-    records: dict[str, FamilyRecord] = {}
-    tell("Finding domains", 0, len(FAMILIES), "families")
+    families = {name: empty_family(d_model) for name in FAMILIES}
+    done = len(FAMILIES) - len(waiting)
+    tell("Finding domains", done, len(FAMILIES), "families")
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        records[waiting.pop(ready)] = _get(ready)
-        tell("Finding domains", len(records), len(FAMILIES), "families")
-    return {name: records[name] for name in FAMILIES}
+        families[waiting.pop(ready)] = _get(ready)
+        done += 1
+        tell("Finding domains", done, len(FAMILIES), "families")
+    return families
 
 
 @ray.remote(num_cpus=1)
-def _cluster_family(
-    name: str, count: int, config: PrepareConfig, folder: Path, scratch: Path, d_model: int, words: WordTokens
-) -> FamilyRecord:
-    starts = np.load(folder / DOCUMENTS, mmap_mode="r", allow_pickle=False)
+def _cluster_family(name: str, count: int, config: PrepareConfig, starts: np.ndarray, shared: Place) -> Family:
+    """Sort a family's items under their domains; the domains have no words yet."""
+    vectors = Vectors(shared)
 
     def items() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for stretch in range(-(-int(starts[-1]) // STRETCH)):
             span = stretch_rows(stretch, int(starts[-1]))
             rows = item_rows(name, starts, span.start, span.stop)
             if name == "ss":
-                yield rows, np.load(sentence_file(scratch, stretch), allow_pickle=False)
+                yield rows, vectors.sentences(stretch)
             else:
                 pairs = item_rows("nsp", starts, span.start, span.stop)
-                yield rows, np.load(pair_file(scratch, stretch), allow_pickle=False)[np.isin(pairs, rows)]
+                yield rows, vectors.pairs(stretch)[np.isin(pairs, rows)]
 
-    family = empty_family(d_model)
-    if count:
-        seed = config.seed * len(FAMILIES) + FAMILIES.index(name)
-        family = cluster(items, count, domains=config.domains, sample=config.kmeans_sample, seed=seed)
-    if count and name == "ss":
-        family = replace(family, keywords=keywords(Sentences(folder), family, *words))
-    write_family(folder, name, family)
-    return family_record(family)
+    seed = config.seed * len(FAMILIES) + FAMILIES.index(name)
+    return cluster(items, count, domains=config.domains, sample=config.kmeans_sample, seed=seed)

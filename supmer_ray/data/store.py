@@ -10,10 +10,13 @@ random access costs no memory and the processes of a node share one copy in the 
     FAMILY.safetensors      centroids (domains, d) float32, starts (domains + 1,), train_ends (domains,) int64,
                             keywords (domains, words) int32
     manifest.json           written last; its digests tell a whole store from a damaged one
+
+A store that lies in an object store is read from a copy on the node's disk, made once by whoever opens it first.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,12 +27,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from pyarrow.fs import copy_files
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save
 
 from supmer_ray.config import PrepareConfig
-from supmer_ray.errors import UserError, require_path
-from supmer_ray.files import sha256
+from supmer_ray.errors import UserError, first_line
+from supmer_ray.files import Place, Where, held, sha256, whole_folder
+from supmer_ray.registry import home
 
 SCHEMA_VERSION = 2
 FAMILIES = ("nsp", "nss", "ss")
@@ -156,16 +161,16 @@ class Store:
         self._families: dict[str, Family] = {}
 
     @staticmethod
-    def open(path: str | Path) -> Store:
-        """Open the store in folder `path`.
+    def open(where: Where) -> Store:
+        """Open the store in a folder, or that of a URI (`s3://…`) by a copy in the cache folder.
 
         Raises:
             UserError: there is no store, another version wrote it, or a file of it is missing or damaged.
         """
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        for name, record in manifest.files.items():
-            _verify(folder / name, record)
+        place = Place.of(where)
+        manifest = read_manifest(place)
+        folder = _copied(place, manifest) if place.remote else place.local
+        _verify(folder, manifest)
         return Store(folder, manifest)
 
     def __len__(self) -> int:
@@ -326,26 +331,30 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the store in `folder`; its files are not looked at.
+def read_manifest(where: Where) -> Manifest:
+    """The manifest of the store in a folder, or in that of a URI; its files are not looked at.
 
     Raises:
         UserError: there is no store, or another version wrote it.
     """
-    require_path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no store at {folder}; make one with 'supmer prepare --out {folder}'.")
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise UserError(f"{folder} has no {MANIFEST}, so it is no store; name the folder that 'supmer prepare' made.")
+    place = Place.of(where)
+    file = place / MANIFEST
+    if not place.remote and not place.local.is_dir():
+        raise UserError(f"There is no store at {place}; make one with 'supmer prepare --out {place}'.")
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        text = place.read(MANIFEST)
+    except OSError as error:
+        raise UserError(f"Cannot reach {place} ({first_line(error)}); check the address and the keys.") from None
+    if text is None:
+        raise UserError(f"{place} has no {MANIFEST}, so it is no store; name the folder that 'supmer prepare' made.")
+    try:
+        values: dict[str, Any] = json.loads(text)
         version = values.get("schema_version")
     except (ValueError, AttributeError):
         raise UserError(f"{file} is damaged; prepare the store again.") from None
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"The store {folder} was written by another version (its schema is {version}, this one reads "
+            f"The store {place} was written by another version (its schema is {version}, this one reads "
             f"{SCHEMA_VERSION}); prepare it again."
         )
     try:
@@ -355,14 +364,53 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{file} is damaged at '{key}'; prepare the store again.") from None
 
 
-def _verify(file: Path, record: FileRecord) -> None:
-    if not file.is_file():
-        raise UserError(f"The store's file {file} is missing; prepare the store again.")
-    size = file.stat().st_size
-    if size != record.bytes:
-        raise UserError(f"The store's file {file} has {size} bytes instead of {record.bytes}; prepare the store again.")
-    if size <= VERIFIED_BYTES and sha256(file) != record.sha256:
-        raise UserError(f"The store's file {file} has changed since it was written; prepare the store again.")
+def _verify(folder: Path, manifest: Manifest, *, whole: bool = False, shown: Place | None = None) -> None:
+    """Check the files in `folder` against the manifest.
+
+    Args:
+        whole: hash large files too.
+        shown: the place that messages name; unset: the folder.
+    """
+    for name, record in manifest.files.items():
+        file = folder / name
+        named = (shown or Place.of(folder)) / name
+        if not file.is_file():
+            raise UserError(f"The store's file {named} is missing; prepare the store again.")
+        size = file.stat().st_size
+        if size != record.bytes:
+            raise UserError(
+                f"The store's file {named} has {size} bytes instead of {record.bytes}; prepare the store again."
+            )
+        if (whole or size <= VERIFIED_BYTES) and sha256(file) != record.sha256:
+            raise UserError(f"The store's file {named} has changed since it was written; prepare the store again.")
+
+
+def _copied(place: Place, manifest: Manifest) -> Path:
+    """A copy of a store in an object store, on this node's disk; it is fetched where there is none that is whole.
+
+    Copies are told apart by their manifests, digests and all, so a store that was replaced is another one.
+    """
+    text = manifest.model_dump_json()
+    folder = home() / "stores" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    with held(folder, "a copy", wait=True):
+        try:
+            _verify(folder, manifest)
+        except UserError:
+            _fetch(place, manifest, folder)
+    return folder
+
+
+def _fetch(place: Place, manifest: Manifest, folder: Path) -> None:
+    filesystem, path = place.filesystem()
+    with whole_folder(folder) as partial:
+        for name in manifest.files:
+            try:
+                copy_files(f"{path}/{name}", str(partial / name), source_filesystem=filesystem)
+            except FileNotFoundError:
+                continue  # as in a folder: it is missed below
+            except OSError as error:
+                raise UserError(f"Cannot read {place / name} ({first_line(error)}); try again.") from None
+        _verify(partial, manifest, whole=True, shown=place)
 
 
 def _map(file: Path) -> np.ndarray:

@@ -235,7 +235,7 @@ class RunPlan:
     """
 
     config: RunConfig
-    store: Path
+    store: Place
     out: Place
     validation_types: tuple[str, ...] | None = None
     objective: Objective | None = None

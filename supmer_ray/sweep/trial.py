@@ -156,7 +156,7 @@ class Trial:
     """What every trial is told; called with a sample of the space, it is the trial."""
 
     config: SweepConfig
-    store: Path
+    store: Place
     out: Path
     objective: Objective
     types: tuple[str, ...]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -26,6 +25,7 @@ from supmer_ray.cluster import BUILDER_CPUS
 from supmer_ray.config import TasksConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
+from supmer_ray.files import Place
 from supmer_ray.tasks.batch import TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
@@ -46,7 +46,7 @@ _open_store = lru_cache(maxsize=1)(Store.open)
 class ShardSource:
     """What every builder must know to make the shards of one training worker."""
 
-    store: Path
+    store: Place
     formats: Formats
     config: TasksConfig
     seed: int

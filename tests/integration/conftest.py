@@ -20,22 +20,28 @@ from supmer_ray.train import train
 
 @dataclass(frozen=True)
 class Bucket:
-    """A folder on an S3-compatible server.
+    """Two folders on an S3-compatible server.
 
     Attributes:
-        uri: with the server's address and the keys.
+        uri: of a run, with the server's address and the keys.
+        store: of a store, likewise.
     """
 
     uri: str
+    store: str
     client: Any
 
+    def keys(self):
+        """What lies on the server, marks of folders left out."""
+        entries = self.client.list_objects_v2(Bucket="runs").get("Contents", ())
+        return sorted(entry["Key"] for entry in entries if not entry["Key"].endswith("/"))
+
     def fetch(self, into):
-        """Copy what lies in the folder; returns where."""
-        for entry in self.client.list_objects_v2(Bucket="runs")["Contents"]:
-            file = into / entry["Key"]
-            if not entry["Key"].endswith("/"):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self.client.download_file("runs", entry["Key"], str(file))
+        """Copy what lies in the run's folder; returns where."""
+        for key in self.keys():
+            file = into / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.client.download_file("runs", key, str(file))
         return into / "team" / "first"
 
 
@@ -50,7 +56,8 @@ def bucket():
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
     client.create_bucket(Bucket="runs")
     where = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    yield Bucket(f"s3://writer:secret@runs/team/first?{where}", client)
+    folder = "s3://writer:secret@runs/team"
+    yield Bucket(f"{folder}/first?{where}", f"{folder}/store?{where}", client)
     server.stop()
 
 

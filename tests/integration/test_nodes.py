@@ -75,14 +75,17 @@ def test_a_node_leaves_during_training_and_another_joins(cluster, undisturbed, t
 def test_two_workers_on_two_nodes_learn_what_one_learns_and_outlive_a_node(
     cluster, undisturbed, tiny_store, bucket, tmp_path
 ):
-    """Undisturbed into an object store; and on a shared path, where the node of one worker leaves both in the lurch."""
+    """Undisturbed, with all that nodes share in an object store; and on a path, where one worker's node leaves."""
     import torch
     from safetensors.torch import load_file
 
     pairs = [*SETTINGS, "workers.count=2", "workers.cpus=1.5"]
     settings = [part for pair in pairs for part in ("--set", pair)]
-    command = ["python", "jobs/train.py", "--store", tiny_store, *settings, "--out"]
-    log = cluster.wait_for_end(cluster.submit(*command, bucket.uri, installed=True))
+    wanted = json.loads((tiny_store / "manifest.json").read_text())["settings"]
+    options = ["--source", "bbc", "--backbone", wanted["backbone"], "--domains", 12, "--max-documents", 60]
+    cluster.wait_for_end(cluster.submit("python", "jobs/prepare.py", *options, "--out", bucket.store, installed=True))
+    command = ["python", "jobs/train.py", *settings, "--store", bucket.store, "--out", bucket.uri]
+    log = cluster.wait_for_end(cluster.submit(*command, installed=True))
     ours = "\n".join(line for line in log.splitlines() if "Running entrypoint" not in line)  # Ray shows the command
     assert "secret" not in ours and "s3://runs/team/first/checkpoint: the meta-trained prompt" in ours
     quiet = bucket.fetch(tmp_path / "fetched") / "checkpoint"
@@ -90,7 +93,8 @@ def test_two_workers_on_two_nodes_learn_what_one_learns_and_outlive_a_node(
     assert float(torch.linalg.vector_norm(one - two, ord=float("inf"))) < 1e-3
 
     out = tmp_path / "run"
-    job = cluster.submit(*command, out, installed=True)
+    command = ["python", "jobs/train.py", *settings, "--store", tiny_store, "--out", out]
+    job = cluster.submit(*command, installed=True)
     cluster.wait_for(lambda: len(steps(out / "metrics.jsonl")) >= 4, "four steps")
     kill_node_of(cluster, "RayTrainWorker")
     cluster.join(cpus=2)

@@ -1,4 +1,4 @@
-"""Runs whose output lies in an S3-compatible store: stopped, resumed, and the same as one on a path."""
+"""Stores and runs in an S3-compatible store: made, read, stopped, resumed, and the same as those on a path."""
 
 import json
 import signal
@@ -7,13 +7,76 @@ import pytest
 from faults import SETTINGS, assert_same_weights, rows_of
 
 from supmer_ray.config import load_run_config
+from supmer_ray.data.prepare import prepare
+from supmer_ray.data.store import MANIFEST, Store, read_manifest
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.train import train
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Where this process keeps copies of stores."""
+    monkeypatch.setenv("SUPMER_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "stores"
+
+
+def test_a_store_in_an_object_store_is_that_of_a_path(tiny_store, bucket, cache):
+    wanted = Store.open(tiny_store).manifest
+    store = prepare(wanted.settings, bucket.store)
+    assert store.manifest == wanted
+    assert bucket.keys() == sorted(f"team/store/{name}" for name in [*wanted.files, MANIFEST])
+    assert "secret" not in store.manifest.model_dump_json()
+    assert store.path.parent == cache and store.text(7) == Store.open(tiny_store).text(7)
+
+    with pytest.raises(
+        UserError, match=r"^The output s3://runs/team/store already holds .* --overwrite to replace it\.$"
+    ):
+        prepare(wanted.settings, bucket.store)
+    fewer = wanted.settings.model_copy(update={"domains": 4, "max_documents": 20})
+    other = prepare(fewer, bucket.store, overwrite=True)
+    assert read_manifest(bucket.store).documents == 20 and other.path != store.path
+    with pytest.raises(UserError, match="too few for 5000 domains"):
+        prepare(fewer.model_copy(update={"domains": 5000}), bucket.store, overwrite=True)
+    assert Store.open(bucket.store).manifest == other.manifest, "what is refused leaves the store as it was"
+    assert len(bucket.keys()) == len(wanted.files) + 1, "nor is anything left beside it"
+
+
+def test_a_copy_is_made_once_and_again_where_it_is_damaged(tiny_store, bucket, cache):
+    settings = Store.open(tiny_store).manifest.settings
+    copy = prepare(settings, bucket.store).path
+    (copy / "marked").touch()
+    assert Store.open(bucket.store).path == copy and (copy / "marked").exists()
+    (copy / "documents.npy").write_bytes(b"damaged")
+    again = Store.open(bucket.store)
+    assert again.document_rows(0) == Store.open(tiny_store).document_rows(0) and not (copy / "marked").exists()
+
+    bucket.client.put_object(Bucket="runs", Key="team/store/documents.npy", Body=b"damaged")
+    (copy / "documents.npy").unlink()
+    with pytest.raises(
+        UserError, match=r"^The store's file s3://runs/team/store/documents\.npy has 7 bytes instead of"
+    ):
+        Store.open(bucket.store)
+    bucket.client.delete_object(Bucket="runs", Key="team/store/documents.npy")
+    with pytest.raises(UserError, match=r"^The store's file s3://runs/team/store/documents\.npy is missing"):
+        Store.open(bucket.store)
+    bucket.client.delete_object(Bucket="runs", Key=f"team/store/{MANIFEST}")
+    with pytest.raises(UserError, match=rf"^s3://runs/team/store has no {MANIFEST}, so it is no store"):
+        Store.open(bucket.store)
+
+
+def test_a_bucket_that_refuses_is_one_sentence(tiny_store, bucket, cache):
+    settings = Store.open(tiny_store).manifest.settings
+    nowhere = bucket.store.replace("@runs/", "@none/")
+    with pytest.raises(UserError, match=r"^(Cannot|The node \S+ cannot) \w+ (to )?s3://none/team") as refused:
+        prepare(settings, nowhere)
+    assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
+    assert bucket.keys() == []
 
 
 @pytest.mark.slow
 def test_a_run_in_an_object_store_is_stopped_and_resumed(undisturbed, tiny_store, bucket, tmp_path):
     out = bucket.uri
+    prepare(Store.open(tiny_store).manifest.settings, bucket.store)
     # A snapshot a step: an object store cannot append to the metrics file, which is written with each.
     config = load_run_config(None, [*SETTINGS, "schedule.checkpoint_every=1"])
     said = []
@@ -24,12 +87,14 @@ def test_a_run_in_an_object_store_is_stopped_and_resumed(undisturbed, tiny_store
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Stopped, match="go on with it by --resume"):
-        train(config, tiny_store, out, progress=stop)
+        train(config, bucket.store, out, progress=stop)
     with pytest.raises(UserError, match="already holds a run"):
-        train(config, tiny_store, out)
-    train(config, tiny_store, out, resume=True)
+        train(config, bucket.store, out)
+    with pytest.raises(UserError, match="was started on the store s3://runs/team/store; resume with that one"):
+        train(config, tiny_store, out, resume=True)
+    train(config, bucket.store, out, resume=True)
 
     run = bucket.fetch(tmp_path / "fetched")
     assert [row["step"] for row in rows_of(run / "metrics.jsonl", "step")] == list(range(1, 13))
     assert_same_weights(run / "checkpoint", undisturbed.checkpoint)
-    assert json.loads((run / "run.json").read_text())["store"] == str(tiny_store)
+    assert json.loads((run / "run.json").read_text())["store"] == "s3://runs/team/store"

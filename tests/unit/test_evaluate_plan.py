@@ -11,6 +11,7 @@ from supmer_ray.errors import UserError
 from supmer_ray.evaluate import DESCRIPTION, Plan, _note, _read_tasks, _require_same, evaluate
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.suite import Curve, Suite
+from supmer_ray.files import Place
 
 
 def make_plan(*tasks, methods=("zero-shot",), curve=None, **changes):
@@ -88,7 +89,7 @@ def test_overwriting_spares_the_inputs(tmp_path):
     (out / DESCRIPTION).write_text("{}")
     (tmp_path / "link").symlink_to(out / "stores")
     inside = {
-        "store": {"store": tmp_path / "link" / "store"},
+        "store": {"store": Place.of(tmp_path / "link" / "store")},
         "data folder": {"data": out},
         "checkpoint for 'supmer'": {"checkpoints": {"supmer": out / "runs" / "supmer" / "checkpoint"}},
     }

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from supmer_ray.data.store import read_manifest
-from supmer_ray.errors import UserError, require_new_folder, require_outside
-from supmer_ray.files import Place, held, read_sealed, require_new_place
+from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
@@ -80,13 +80,18 @@ def test_a_uri_is_no_path(tmp_path):
     for refuse in (
         lambda place: require_new_folder(place, overwrite=False),
         lambda place: read_sealed(place, "a checkpoint"),
-        lambda place: read_manifest(place.absolute()),
+        read_manifest,
     ):
         with pytest.raises(UserError, match=r"^A s3://… address was given where a path is needed"):
             refuse(Path("s3://KEY:SECRET@bucket/x"))
 
 
 def test_no_output_is_replaced_that_holds_an_input(tmp_path):
-    require_outside(tmp_path / "out", {"store": tmp_path / "store", "checkpoint": None})
+    out, other = Place.of(tmp_path / "out"), Place.of(tmp_path / "output")
+    require_outside(out, {"store": other, "checkpoint": None, "data": Place("s3://bucket/out")})
     with pytest.raises(UserError, match=r"^The store .*/out/store lies within the output .*/out, which --overwrite"):
-        require_outside(tmp_path / "out", {"store": tmp_path / "other" / ".." / "out" / "store"})
+        require_outside(out, {"store": Place.of(tmp_path / "other" / ".." / "out" / "store")})
+    runs = Place("s3://KEY:SECRET@bucket/runs?region=us-east-1")
+    require_outside(runs, {"store": Place("s3://bucket/runs-2/store")})
+    with pytest.raises(UserError, match=r"^The store s3://bucket/runs/store lies within the output s3://bucket/runs, "):
+        require_outside(runs, {"store": Place("s3://bucket/runs/store")})
