@@ -9,11 +9,12 @@ import ray
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data import prepare as module
-from supmer_ray.data.embed import frame, mean_pooled
+from supmer_ray.data.embed import Vectors, frame, mean_pooled
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.sentences import split
 from supmer_ray.data.store import FAMILIES, Store
 from supmer_ray.errors import UserError
+from supmer_ray.files import Place
 from supmer_ray.model.backbone import load_backbone
 
 DOCUMENTS = 60
@@ -145,6 +146,16 @@ def test_only_a_store_is_overwritten(prepared, tmp_path, files):
     second = prepare(small.model_copy(update={"sources": (str(files),), "max_documents": 25}), out, overwrite=True)
     assert (first.manifest.documents, second.manifest.documents, Store.open(out).manifest.documents) == (20, 25, 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bbc.jsonl", "store", "thesis.tex"]
+
+
+def test_a_node_that_does_not_see_the_output_says_so(tmp_path):
+    vectors = np.ones((2, 3), np.float16)
+    with pytest.raises(UserError, match=rf"^The node \S+ does not see {tmp_path}/elsewhere, where the store is to be"):
+        Vectors(Place.of(tmp_path / "elsewhere" / "shared")).write(0, vectors, vectors)
+    (tmp_path / "shared").mkdir()
+    seen = Vectors(Place.of(tmp_path / "shared"))
+    seen.write(0, vectors, vectors[:1])
+    assert seen.sentences(0).tolist() == vectors.tolist() and seen.pairs(0).shape == (1, 3)
 
 
 def test_everything_is_given_back(prepared):
