@@ -127,7 +127,8 @@ def test_a_node_leaves_during_a_sweep(cluster, tiny_store, tmp_path):
         pd.read_parquet(folder / "trials.parquet").sort_values("meta.prompt_rate") for folder in (out, quiet)
     )
     assert len(table) == 4 and set(table["state"]) == {"finished"}
-    for column in ("meta.prompt_rate", "objective"):
-        assert table[column].tolist() == undisturbed[column].tolist()
+    assert table["meta.prompt_rate"].tolist() == undisturbed["meta.prompt_rate"].tolist()
+    # A trial that goes on where fewer nodes are left has fewer threads, whose sums differ in the last digit.
+    assert table["objective"].tolist() == pytest.approx(undisturbed["objective"].tolist(), rel=1e-5)
     for trial in table["trial"]:
         assert steps(out / "runs" / trial / "metrics.jsonl") == list(range(1, 7))
