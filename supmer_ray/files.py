@@ -122,7 +122,7 @@ def held(folder: Path, who: str, *, wait: bool = False) -> Iterator[None]:
                 fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
                     raise BlockingIOError  # its holder has just ended and removed it
-            except BlockingIOError:
+            except (BlockingIOError, FileNotFoundError):
                 if wait:
                     continue
                 raise UserError(f"In {folder} {who} is going on; wait for its end, or name another folder.") from None

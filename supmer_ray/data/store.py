@@ -169,9 +169,10 @@ class Store:
         """
         place = Place.of(where)
         manifest = read_manifest(place)
-        folder = _copied(place, manifest) if place.remote else place.local
-        _verify(folder, manifest)
-        return Store(folder, manifest)
+        if place.remote:
+            return Store(_copied(place, manifest), manifest)
+        _verify(place.local, manifest)
+        return Store(place.local, manifest)
 
     def __len__(self) -> int:
         return len(self._sentences)
