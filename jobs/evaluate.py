@@ -5,8 +5,9 @@
         python jobs/evaluate.py --suite open --store /shared/store --out /shared/results/open
 
 Submit it from the project's folder. The token is in `~/.ray/auth_token` of the head; from another machine, put
-it there or into `RAY_AUTH_TOKEN`. The options are those of `supmer evaluate`. `--store`, `--out` and checkpoints
-are absolute paths that every node sees. A job that was stopped goes on with `--resume` behind the same command.
+it there or into `RAY_AUTH_TOKEN`. The options are those of `supmer evaluate`. `--out` is an absolute path that
+every node sees; `--store` and checkpoints are such paths, or URIs of an object store. A job that was stopped goes
+on with `--resume` behind the same command.
 """
 
 import sys

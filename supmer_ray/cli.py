@@ -136,7 +136,8 @@ def adapt(
     task: Annotated[str, typer.Option(help="A task's YAML file, or the name of a built-in task.")],
     out: Out,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="RUN/checkpoint; unset: with the embedded backbone the one that ships.")
+        str | None,
+        typer.Option(help="RUN/checkpoint or its URI; unset: with the embedded backbone the one that ships."),
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Plain prompt tuning instead: from vocabulary rows, raw gradients.")
@@ -163,7 +164,7 @@ def adapt(
     values: dict[str, Any] = {}
     if name == "embedded":
         values |= read_yaml(embedded.SETTINGS)["adapt"]
-        checkpoint = None if plain else checkpoint or embedded.LEARNED
+        checkpoint = None if plain else checkpoint or str(embedded.LEARNED)
     values |= {"shots": shots} | ({} if steps is None else {"steps": steps})
     config = build(AdaptConfig, override(values, set_ or ()), "the command line")
     definition = load_definition(task)
@@ -231,7 +232,7 @@ def evaluate(
         name, equals, folder = pair.partition("=")
         if not equals:
             raise UserError(f"--checkpoint {pair} names no method; write METHOD=FOLDER, for example supmer={pair}.")
-        given[name] = embedded.LEARNED if folder == "embedded" else Path(folder)
+        given[name] = Place.of(embedded.LEARNED if folder == "embedded" else folder)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
     from supmer_ray.console import stage
     from supmer_ray.evaluate import TABLE, Plan
@@ -276,7 +277,9 @@ def predict(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN|EVAL...", help="What train and evaluate wrote.")],
+    folders: Annotated[
+        list[str], typer.Argument(metavar="RUN|EVAL...", help="What train and evaluate wrote; a run may be a URI.")
+    ],
     out: Out,
     overwrite: Overwrite = False,
 ) -> None:

@@ -39,8 +39,8 @@ from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
 from supmer_ray.fewshot.tables import write_table
-from supmer_ray.files import Place, held, read_sealed, require_outside, whole_file, without_keys, write_json
-from supmer_ray.meta.record import METRICS_FILE, read_rows
+from supmer_ray.files import Place, Where, held, read_sealed, require_outside, whole_file, without_keys, write_json
+from supmer_ray.meta.record import read_rows
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.tasks.types import require_domains
@@ -98,7 +98,7 @@ class Plan:
     Attributes:
         seeds: the data seeds 0 … seeds − 1.
         store: for the meta-training of methods that have no checkpoint.
-        checkpoints: method → RUN/checkpoint.
+        checkpoints: method → RUN/checkpoint, a folder or the URI of one.
         data: folder with the benchmarks' published files, for tasks that have such a layout.
 
     Raises:
@@ -111,7 +111,7 @@ class Plan:
     seeds: int = 5
     curve: Curve | None = None
     store: Place | None = None
-    checkpoints: Mapping[str, Path] | None = None
+    checkpoints: Mapping[str, Where] | None = None
     data: Path | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +119,11 @@ class Plan:
         for name in self.checkpoints or {}:
             if name not in [method.name for method in self.methods if method.meta is not None]:
                 raise UserError(f"The checkpoint for '{name}' is for no method that is compared and meta-trained.")
+
+    @property
+    def given(self) -> dict[str, Place]:
+        """The checkpoints as places, links followed."""
+        return {name: Place.of(where).resolved for name, where in (self.checkpoints or {}).items()}
 
     def points(self) -> list[Point]:
         """The curve's values as configurations.
@@ -153,17 +158,15 @@ class Plan:
 
     def inputs(self) -> dict[str, Place | None]:
         """The files and folders that were given, by what they are."""
-        checkpoints = {
-            f"checkpoint for '{name}'": Place.of(folder) for name, folder in (self.checkpoints or {}).items()
-        }
+        checkpoints = {f"checkpoint for '{name}'": place for name, place in self.given.items()}
         return {**checkpoints, "store": self.store, "data folder": Place.of(self.data) if self.data else None}
 
     def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:
         """All of it as JSON, with the tasks that `rows` holds; a resumed evaluation must have the same."""
         given = {}
-        for name, folder in (self.checkpoints or {}).items():
-            sealed = read_sealed(folder, "a checkpoint")
-            given[name] = {"folder": str(folder.resolve()), "prompt": sealed["checksums"]["prompt.safetensors"]}
+        for name, place in self.given.items():
+            sealed = read_sealed(place, "a checkpoint")
+            given[name] = {"folder": str(place), "prompt": sealed["checksums"]["prompt.safetensors"]}
         values: dict[str, Any] = {
             "suite": self.suite.model_dump(mode="json"),
             "tasks": {name: task.description() for name, task in rows.items()},
@@ -284,7 +287,7 @@ def _once(names: Sequence[str], what: str, advice: str = "give each a name of it
 
 def _check_origin(plan: Plan, point: Point, method: Method) -> None:
     config = method.run_config(point.config.run)
-    given = (plan.checkpoints or {}).get(method.name)
+    given = plan.given.get(method.name)
     if given is None:
         if plan.store is None and point.config.prepare is None:
             raise UserError(
@@ -307,10 +310,10 @@ def _check_origin(plan: Plan, point: Point, method: Method) -> None:
         )
 
 
-def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progress) -> Path:
-    """The folder of the method's checkpoint at this point; meta-trained now if it is not there yet."""
-    if given := (plan.checkpoints or {}).get(method.name):
-        return given.resolve()
+def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progress) -> Place:
+    """Where the method's checkpoint at this point lies; meta-trained now if it is not there yet."""
+    if given := plan.given.get(method.name):
+        return given
     folder = out / _RUNS / _file_name(method.name, point.run)
     if not (folder / CHECKPOINT / "config.json").is_file():
         store = plan.store or _store(point, out, tell)
@@ -323,7 +326,7 @@ def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progr
 
         started = (folder / CONFIG_FILE).is_file()
         train(config, store, folder, resume=started, overwrite=not started, progress=show)
-    return folder / CHECKPOINT
+    return Place.of(folder / CHECKPOINT)
 
 
 def _store(point: Point, out: Path, tell: Progress) -> Path:
@@ -337,7 +340,7 @@ def _store(point: Point, out: Path, tell: Progress) -> Path:
 
 
 def _run_cells(
-    plan: Plan, rows: Mapping[str, TaskRows], checkpoints: Mapping[tuple[str, str], Path], out: Path, tell: Progress
+    plan: Plan, rows: Mapping[str, TaskRows], checkpoints: Mapping[tuple[str, str], Place], out: Path, tell: Progress
 ) -> None:
     cells = plan.cells()
     waiting = [cell for cell in cells if not _cell_file(out, cell).is_file()]
@@ -369,7 +372,7 @@ def _run_cells(
 
 
 def _run_cell(
-    cell: Cell, source: TaskRows, seeds: int, checkpoint: Path | None, threads: int, gpu: bool, *targets: TaskRows
+    cell: Cell, source: TaskRows, seeds: int, checkpoint: Place | None, threads: int, gpu: bool, *targets: TaskRows
 ) -> list[dict[str, Any]]:
     """The rows of one cell, computed in a Ray worker."""
     config = cell.point.config
@@ -398,7 +401,7 @@ def _backbone(name: str, precision: Precision | None, threads: int, gpu: bool) -
     return load_backbone(name, device=device, dtype=dtype, threads=threads)
 
 
-def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Path], out: Path) -> pd.DataFrame:
+def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Place], out: Path) -> pd.DataFrame:
     """Put the cells together and write the tables."""
     rows = pd.concat([pd.read_parquet(_cell_file(out, cell)) for cell in plan.cells()], ignore_index=True)
     baseline = plan.config.baseline
@@ -413,7 +416,7 @@ def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Path], out: Path
     return rows
 
 
-def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
+def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Place]) -> str:
     adapt = plan.config.adapt
     tested = "all test rows" if adapt.max_test is None else f"at most {adapt.max_test} test rows"
     configs = [cell.config() for cell in plan.cells()]
@@ -424,8 +427,8 @@ def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Path]) -> str:
         f"was chosen on the dev split, and the test split ({tested}) was scored once.".strip()
     ]
     spent = []
-    for (run, method), folder in checkpoints.items():
-        if (found := _training(folder.parent)) is not None:
+    for (run, method), place in checkpoints.items():
+        if (found := _training(place.parent)) is not None:
             meta_steps, seconds = found
             spent.append(f"{method}{f' ({run})' if run else ''} {meta_steps:,} steps in {seconds:,.0f} s")
     if spent:
@@ -449,12 +452,10 @@ def _lowered(plan: Plan) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
-def _training(run: Path) -> tuple[int, float] | None:
-    """Meta-steps of a run and the seconds that they and the waiting for their data took."""
-    if not (run / METRICS_FILE).is_file():
-        return None
+def _training(run: Place) -> tuple[int, float] | None:
+    """Meta-steps of a run and the seconds that they and the waiting for their data took, where it says so."""
     steps = read_rows(run, "step")
-    return len(steps), sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps)
+    return (len(steps), sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps)) if steps else None
 
 
 def _cell_file(out: Path, cell: Cell) -> Path:

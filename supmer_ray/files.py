@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from supmer_ray.errors import UserError, first_line, require_new_folder, require_path
 
 if TYPE_CHECKING:
+    from pyarrow import NativeFile
     from pyarrow.fs import FileSystem
 
 
@@ -66,39 +67,6 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write `values` as indented JSON, whole or not at all."""
     with whole_file(file) as scratch:
         scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def seal(folder: Path, description: Mapping[str, Any], name: str = "config.json") -> None:
-    """Write `description` into `folder`, with the digest of every other file that lies there."""
-    checksums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    write_json(folder / name, {**description, "checksums": checksums})
-
-
-def read_sealed(folder: Path, what: str, name: str = "config.json") -> dict[str, Any]:
-    """The description of a sealed folder, after every file's digest was found right.
-
-    Args:
-        what: what the folder should be, for the message ("a checkpoint").
-
-    Raises:
-        UserError: the folder or its description is missing or unreadable, or a file is missing or changed.
-    """
-    require_path(folder)
-    file = folder / name
-    if not file.is_file():
-        raise UserError(f"{folder} is not {what}: it holds no {name}.")
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        checksums = description["checksums"].items()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError):
-        raise UserError(f"{file} is damaged; use another copy of {what}.") from None
-    for member, digest in checksums:
-        path = folder / member
-        if not path.is_file():
-            raise UserError(f"{folder} is not whole: {member} is missing; use another copy of {what}.")
-        if sha256(path) != digest:
-            raise UserError(f"{path} is damaged (its digest is not the recorded one); use another copy of {what}.")
-    return description
 
 
 @contextmanager
@@ -248,14 +216,51 @@ class Place:
 
         return remote_filesystem(self.where) if self.remote else (LocalFileSystem(), self.where)
 
-    def read(self, name: str) -> str | None:
-        """The text of a file, or None where there is no such file."""
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While the block runs, a file or an object store that cannot be read ends it with one sentence.
+
+        Raises:
+            UserError: so it was.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"Cannot reach {self} ({first_line(error)}); check the address and the keys.") from None
+
+    @contextmanager
+    def _stream(self, name: str) -> Iterator[NativeFile | None]:
+        """A file, to read, or None where there is no such file."""
         filesystem, path = self.filesystem()
         try:
-            with filesystem.open_input_stream(f"{path}/{name}") as stream:
-                return stream.read().decode("utf-8", errors="replace")
-        except FileNotFoundError:
-            return None
+            stream = filesystem.open_input_stream(f"{path}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            yield None
+            return
+        with stream:
+            yield stream
+
+    def content(self, name: str) -> bytes | None:
+        """What a file holds, or None where there is no such file."""
+        with self._stream(name) as stream:
+            return stream.read() if stream else None
+
+    def read(self, name: str) -> str | None:
+        """The text of a file, or None where there is no such file."""
+        content = self.content(name)
+        return None if content is None else content.decode("utf-8", errors="replace")
+
+    def digest(self, name: str) -> str | None:
+        """Hex SHA-256 of a file's bytes, or None where there is no such file."""
+        with self._stream(name) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() if stream else None
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a file."""
+        from pyarrow.fs import FileType
+
+        filesystem, path = self.filesystem()
+        return filesystem.get_file_info(f"{path}/{name}").type == FileType.File
 
     def glance(self, name: str) -> str | None:
         """`read` for those who look again soon: None also where an object store does not answer this time."""
@@ -340,6 +345,42 @@ Where = str | Path | Place
 """How callers may name a place."""
 
 
+def seal(folder: Path, description: Mapping[str, Any], name: str = "config.json") -> None:
+    """Write `description` into `folder`, with the digest of every other file that lies there."""
+    checksums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / name, {**description, "checksums": checksums})
+
+
+def read_sealed(where: Where, what: str, name: str = "config.json") -> dict[str, Any]:
+    """The description of a sealed folder, after every file's digest was found right.
+
+    Args:
+        what: what the folder should be, for the message ("a checkpoint").
+
+    Raises:
+        UserError: the folder or its description is missing or unreadable, or a file is missing or changed.
+    """
+    place = Place.of(where)
+    with place.answering():
+        content = place.content(name)
+        if content is None:
+            raise UserError(f"{place} is not {what}: it holds no {name}.")
+        try:
+            description = json.loads(content)
+            checksums = description["checksums"].items()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{place / name} is damaged; use another copy of {what}.") from None
+        for member, digest in checksums:
+            found = place.digest(member)
+            if found is None:
+                raise UserError(f"{place} is not whole: {member} is missing; use another copy of {what}.")
+            if found != digest:
+                raise UserError(
+                    f"{place / member} is damaged (its digest is not the recorded one); use another copy of {what}."
+                )
+    return description
+
+
 def require_outside(out: Place, inputs: Mapping[str, Place | None]) -> None:
     """Refuse to replace an output that holds what the command is to read.
 
@@ -365,11 +406,9 @@ def require_new_place(
         return
     if "/" not in place.filesystem()[1].strip("/"):
         raise UserError(f"{place} is a whole bucket; name a folder in it.")
-    try:
+    with place.answering():
         taken = bool(place.listed())
-        ours = marker is None or (taken and place.read(marker) is not None)
-    except OSError as error:
-        raise UserError(f"Cannot reach {place} ({first_line(error)}); check the address and the keys.") from None
+        ours = marker is None or (taken and place.holds(marker))
     if taken and not (overwrite or resume):
         ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
         raise UserError(f"The output {place} already holds a run; choose another, or add {ways}.")

@@ -28,7 +28,7 @@ from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.evaluate import DESCRIPTION, RESULTS
 from supmer_ray.fewshot.comparison import gaps, probability, summarize
-from supmer_ray.files import whole_folder
+from supmer_ray.files import Place, Where, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.train import CONFIG_FILE
 
@@ -55,8 +55,8 @@ class _Section:
     drawn: list[tuple[str, Figure]] = field(default_factory=list)
 
 
-def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Path:
-    """Write the report of run and evaluation folders into the folder `out`.
+def report(folders: Sequence[Where], out: Path, *, overwrite: bool = False) -> Path:
+    """Write the report of runs and evaluations, folders or the URIs of runs, into the folder `out`.
 
     Returns:
         The page.
@@ -70,13 +70,16 @@ def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Pa
     sections = []
     for number, folder in enumerate(folders):
         prefix = f"{number + 1}-" if len(folders) > 1 else ""
-        if (folder / METRICS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-            sections.append(_run(folder, prefix))
-        elif (folder / DESCRIPTION).is_file():
-            sections.append(_evaluation(folder, prefix))
+        place = Place.of(folder)
+        with place.answering():
+            is_run = place.holds(METRICS_FILE) and place.holds(CONFIG_FILE)
+        if is_run:
+            sections.append(_run(place, prefix))
+        elif not place.remote and place.holds(DESCRIPTION):
+            sections.append(_evaluation(place.local, prefix))
         else:
             raise UserError(
-                f"{folder} is neither a run ({CONFIG_FILE}, {METRICS_FILE}) nor an evaluation ({DESCRIPTION}); name a "
+                f"{place} is neither a run ({CONFIG_FILE}, {METRICS_FILE}) nor an evaluation ({DESCRIPTION}); name a "
                 "folder that 'supmer train' or 'supmer evaluate' wrote."
             )
     with whole_folder(out) as partial:
@@ -90,22 +93,23 @@ def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Pa
     return out / PAGE
 
 
-def _run(folder: Path, prefix: str) -> _Section:
+def _run(place: Place, prefix: str) -> _Section:
     """The section of a meta-training run."""
-    steps = pd.DataFrame(read_rows(folder, "step"))
+    steps = pd.DataFrame(read_rows(place, "step"))
     if steps.empty:
-        raise UserError(f"The run in {folder} has no step to show yet; wait for its first one.")
+        raise UserError(f"The run in {place} has no step to show yet; wait for its first one.")
     validations = pd.DataFrame(
         [
             {"step": row["step"], "task_type": name, **found}
-            for row in read_rows(folder, "validation")
+            for row in read_rows(place, "validation")
             for name, found in row["validation"].items()
         ],
         columns=["step", "task_type", "loss", "accuracy"],
     )
-    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config = build(RunConfig, settings["config"], str(folder / CONFIG_FILE))
-    section = _Section(f"Run {folder.name}")
+    with place.answering():
+        settings = json.loads(place.read(CONFIG_FILE) or "")
+    config = build(RunConfig, settings["config"], str(place / CONFIG_FILE))
+    section = _Section(f"Run {place.name}")
     seconds = float(steps["step_seconds"].sum() + steps["data_wait_seconds"].sum())
     section.blocks.append(
         _facts(

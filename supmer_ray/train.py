@@ -202,11 +202,11 @@ def _conclude(place: Place) -> TrainResult:
     if not snapshots:
         raise RuntimeError(f"The run in {place} ended without a checkpoint.")
     last = snapshots[0]
+    read_sealed(place / last.path.rpartition("/")[2], "a checkpoint")
     if place.remote:
         filesystem, path = place.filesystem()
         copy_files(last.path, f"{path}/{CHECKPOINT}", source_filesystem=filesystem, destination_filesystem=filesystem)
     else:
-        read_sealed(Path(last.path), "a checkpoint")
         with whole_folder(place.local / CHECKPOINT) as folder:
             copy_files(last.path, str(folder))
     return TrainResult(place)

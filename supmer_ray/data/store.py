@@ -342,10 +342,8 @@ def read_manifest(where: Where) -> Manifest:
     file = place / MANIFEST
     if not place.remote and not place.local.is_dir():
         raise UserError(f"There is no store at {place}; make one with 'supmer prepare --out {place}'.")
-    try:
+    with place.answering():
         text = place.read(MANIFEST)
-    except OSError as error:
-        raise UserError(f"Cannot reach {place} ({first_line(error)}); check the address and the keys.") from None
     if text is None:
         raise UserError(f"{place} has no {MANIFEST}, so it is no store; name the folder that 'supmer prepare' made.")
     try:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from supmer_ray.config import RunConfig
-from supmer_ray.files import Place
+from supmer_ray.files import Place, Where
 from supmer_ray.monitoring.loggers import figures, open_loggers
 from supmer_ray.monitoring.series import RunSeries
 
@@ -25,10 +24,16 @@ def whole_rows(text: str) -> Iterator[dict[str, Any]]:
             return
 
 
-def read_rows(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The rows of a kind ("start", "step", "validation", "notice") of the run in the folder `run`."""
-    rows = whole_rows((run / METRICS_FILE).read_text(encoding="utf-8"))
-    return [row for row in rows if row["kind"] == kind]
+def read_rows(run: Where, kind: str) -> list[dict[str, Any]]:
+    """The rows of a kind ("start", "step", "validation", "notice") of the run in a folder or at a URI.
+
+    Raises:
+        UserError: the object store does not answer.
+    """
+    place = Place.of(run)
+    with place.answering():
+        text = place.read(METRICS_FILE) or ""
+    return [row for row in whole_rows(text) if row["kind"] == kind]
 
 
 class MetricsLog:

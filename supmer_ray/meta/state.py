@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from supmer_ray.config import RunConfig, build
 from supmer_ray.errors import UserError
-from supmer_ray.files import read_sealed, seal, write_json
+from supmer_ray.files import Place, Where, read_sealed, seal, write_json
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
@@ -202,31 +202,40 @@ class Checkpoint:
     identity: dict[str, Any]
 
 
-def load_checkpoint(folder: Path, backbone: Backbone) -> Checkpoint:
-    """Read θ and ψ_φ of a checkpoint and make sure that they belong to `backbone`.
+def load_checkpoint(where: Where, backbone: Backbone) -> Checkpoint:
+    """Read θ and ψ_φ of the checkpoint in a folder or at a URI and make sure that they belong to `backbone`.
 
     Raises:
         UserError: no checkpoint, a damaged file, another format, or another backbone.
     """
-    description = read_sealed(folder, "a checkpoint")
+    place = Place.of(where)
+    description = read_sealed(place, "a checkpoint")
     if description.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{folder} has checkpoint format {description.get('format')}; this version reads {CHECKPOINT_FORMAT}."
+            f"{place} has checkpoint format {description.get('format')}; this version reads {CHECKPOINT_FORMAT}."
         )
     made_for = description["backbone"]
     if made_for["fingerprint"] != backbone.fingerprint:
         raise UserError(
-            f"The checkpoint {folder} was made for the backbone '{made_for['name']}', not for '{backbone.name}' "
+            f"The checkpoint {place} was made for the backbone '{made_for['name']}', not for '{backbone.name}' "
             f"(other weights); use --backbone {made_for['name']}, or meta-train for this one."
         )
-    config = build(RunConfig, description["run"], str(folder / "config.json"))
-    prompt = load_file(folder / "prompt.safetensors", device=str(backbone.device))["prompt"]
-    regularizer = make_regularizer(config, backbone.d_model).to(backbone.device)
+    config = build(RunConfig, description["run"], str(place / "config.json"))
+    prompt = _tensors(place, "prompt.safetensors")["prompt"].to(backbone.device)
+    regularizer = make_regularizer(config, backbone.d_model)
     if config.regularizer.enabled:
-        regularizer.load_state_dict(load_file(folder / "regularizer.safetensors", device=str(backbone.device)))
-    return Checkpoint(prompt, regularizer, config, description)
+        regularizer.load_state_dict(_tensors(place, "regularizer.safetensors"))
+    return Checkpoint(prompt, regularizer.to(backbone.device), config, description)
 
 
-def backbone_name(folder: Path) -> str:
-    """The name of the backbone that the checkpoint in `folder` was made for."""
-    return read_sealed(folder, "a checkpoint")["backbone"]["name"]
+def _tensors(place: Place, name: str) -> dict[str, Tensor]:
+    with place.answering():
+        content = place.content(name)
+    if content is None:
+        raise UserError(f"{place} is not whole: {name} is missing; use another copy of a checkpoint.")
+    return load(content)
+
+
+def backbone_name(where: Where) -> str:
+    """The name of the backbone that a checkpoint was made for."""
+    return read_sealed(where, "a checkpoint")["backbone"]["name"]

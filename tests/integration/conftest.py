@@ -36,6 +36,12 @@ class Bucket:
         entries = self.client.list_objects_v2(Bucket="runs").get("Contents", ())
         return sorted(entry["Key"] for entry in entries if not entry["Key"].endswith("/"))
 
+    def put(self, folder):
+        """Copy a folder to where the run's lies."""
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                self.client.upload_file(str(file), "runs", f"team/first/{file.relative_to(folder)}")
+
     def fetch(self, into):
         """Copy what lies in the run's folder; returns where."""
         for key in self.keys():

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import pandas as pd
 import pytest
 from faults import SETTINGS, assert_same_weights, rows_of
 
@@ -10,6 +11,10 @@ from supmer_ray.config import load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, Store, read_manifest
 from supmer_ray.errors import Stopped, UserError
+from supmer_ray.evaluate import evaluate
+from supmer_ray.files import Place
+from supmer_ray.meta.state import backbone_name
+from supmer_ray.report import report
 from supmer_ray.train import train
 
 
@@ -71,6 +76,36 @@ def test_a_bucket_that_refuses_is_one_sentence(tiny_store, bucket, cache):
         prepare(settings, nowhere)
     assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
     assert bucket.keys() == []
+
+
+def test_a_run_in_an_object_store_is_read_where_it_lies(compared, plan, bucket, tmp_path):
+    folder, rows = compared
+    bucket.put(folder / "runs" / "supmer")
+    checkpoint = Place(bucket.uri) / "checkpoint"
+    alone = evaluate(plan(["supmer"], store=False, checkpoints={"supmer": checkpoint}), tmp_path / "given")
+    first = rows[rows["method"] == "supmer"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone.drop(columns="seconds"), first.drop(columns="seconds"))
+    assert "Meta-training, once for all tasks: supmer" in (tmp_path / "given" / "table.md").read_text()
+    page = report([bucket.uri, tmp_path / "given"], tmp_path / "report").read_text()
+    assert "Run first" in page and 'id="1-losses"' in page
+    written = [file.read_text() for file in (tmp_path / "given").glob("*.[jm]*")]
+    assert len(written) == 2 and not any("secret" in text for text in [page, *written])
+
+    object_ = {"Bucket": "runs", "Key": "team/first/checkpoint/prompt.safetensors"}
+    bucket.client.put_object(**object_, Body=b"damaged")
+    with pytest.raises(UserError, match=r"^s3://runs/team/first/checkpoint/prompt\.safetensors is damaged"):
+        backbone_name(checkpoint)
+    bucket.client.delete_object(**object_)
+    with pytest.raises(UserError, match=r"^s3://runs/team/first/checkpoint is not whole: prompt\.safetensors is miss"):
+        backbone_name(checkpoint)
+    with pytest.raises(UserError, match=r"^s3://runs/team/store is neither a run \(run\.json, metrics\.jsonl\) nor"):
+        report([bucket.store], tmp_path / "other")
+    nowhere = bucket.uri.replace("@runs/", "@none/")
+    with pytest.raises(UserError, match=r"^s3://none/team/first is neither a run"):
+        report([nowhere], tmp_path / "other")
+    with pytest.raises(UserError, match=r"^(Cannot reach )?s3://none/team/first "):
+        backbone_name(nowhere)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
