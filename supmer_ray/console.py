@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-LOG_SECONDS = 15.0
-"""How often a stage writes a line where there is no terminal."""
+LOG_SECONDS, STILL_SECONDS = 15.0, 60.0
+"""How often a stage writes a line where there is no terminal: when something was done since the last, and when not."""
 
 errors = Console(stderr=True, highlight=False)
 
@@ -45,6 +45,7 @@ class StageLine:
         self.title, self.unit = title, unit
         self._started = self._written = time.monotonic()
         self._done, self._total, self._note = 0, 0, ""
+        self._said = (0, "")
         self._first: tuple[int, float] | None = None
         if self._bar:
             self._task: TaskID = self._bar.add_task(title, total=None, text="starting")
@@ -66,8 +67,8 @@ class StageLine:
         self._first = self._first or (done, time.monotonic())
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, text=self._text())
-        elif time.monotonic() - self._written > LOG_SECONDS:
-            self._written = time.monotonic()
+        elif time.monotonic() - self._written > (LOG_SECONDS if (done, note) != self._said else STILL_SECONDS):
+            self._written, self._said = time.monotonic(), (done, note)
             errors.print(f"{self.title}: {self._text()}", soft_wrap=True)
 
     def named(self, title: str, done: int, total: int | None, unit: str) -> None:

@@ -49,6 +49,9 @@ from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
 DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
 TABLE, SUMMARY, GAPS = "table.md", "table.csv", "gaps.csv"
 _CELLS, _STORES, _RUNS = "cells", "stores", "runs"
+LOOK_SECONDS = 5.0
+"""How often whoever follows is told that cells are still at work: one may take minutes."""
+
 LONGEST_PART = 60
 """Characters of a label or name that stand in a file's name; the rest is told apart by a digest."""
 
@@ -357,9 +360,12 @@ def _run_cells(
         origin = checkpoints.get((cell.point.run, cell.method.name))
         targets = [tasks[name] for name in cell.entry.targets]
         running[remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, bool(gpus), *targets)] = cell
-    tell(title, len(cells) - len(waiting), len(cells), "cells")
     while running:
-        [ready], _ = ray.wait(list(running))
+        tell(title, len(cells) - len(running), len(cells), "cells")
+        done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
+        if not done:
+            continue
+        [ready] = done
         cell = running.pop(ready)
         try:
             found = ray.get(ready)
@@ -368,7 +374,7 @@ def _run_cells(
                 ray.cancel(reference, force=True)
             raise (error.cause if isinstance(error.cause, UserError) else error) from None
         write_table(pd.DataFrame(found), _cell_file(out, cell))
-        tell(title, len(cells) - len(running), len(cells), "cells")
+    tell(title, len(cells), len(cells), "cells")
 
 
 def _run_cell(

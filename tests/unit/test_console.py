@@ -49,6 +49,18 @@ def test_lines_are_few_and_notices_are_never_left_out(clock, capsys):
     assert said[-2] == "A snapshot is damaged." and re.match(r"Meta-training: 100 steps in 1:40", said[-1])
 
 
+def test_a_log_says_now_and_then_that_the_work_still_goes_on(clock, capsys):
+    line = StageLine("Adapting and testing", "cells", live=False)
+    for second in range(1, 131):
+        clock[0] += 1
+        line.update(0 if second < 70 else 1, 8)
+    said = capsys.readouterr().err.splitlines()
+    assert [text.partition(",")[0] for text in said] == [
+        "Adapting and testing: 0/8 cells",  # after a minute without anything new
+        "Adapting and testing: 1/8 cells",
+    ]
+
+
 def test_a_terminal_shows_one_line_a_stage_that_is_written_over(clock, monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "errors", Console(file=screen, force_terminal=True, width=120, highlight=False))
