@@ -30,6 +30,13 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
+def speed(rate: float) -> str:
+    """So many a second as "12/s", "0.50/s" or, where that is few, "1.2/min"."""
+    if rate >= 0.1:
+        return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s"
+    return f"{60 * rate:.1f}/min"
+
+
 class StageLine:
     """The line of one stage. Call `update` as often as you like; it writes no more than is readable."""
 
@@ -102,7 +109,7 @@ class StageLine:
         rate = (self._done - before) / max(1e-9, time.monotonic() - since)
         parts = [f"{self._done:,}/{self._total:,} {self.unit}" if self._total else f"{self._done:,} {self.unit}"]
         if rate > 0:
-            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s")
+            parts.append(speed(rate))
         if self._total and rate > 0:
             parts.append(f"{duration((self._total - self._done) / rate)} left")
         return ", ".join([*parts, *([self._note] if self._note else [])])

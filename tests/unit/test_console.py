@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from supmer_ray import console
-from supmer_ray.console import StageLine, duration
+from supmer_ray.console import StageLine, duration, speed
 
 
 @pytest.fixture
@@ -98,3 +98,4 @@ def test_a_sweep_says_how_far_its_trials_are(clock, capsys):
 
 def test_durations():
     assert [duration(seconds) for seconds in (7, 123, 3723)] == ["7 s", "2:03", "1:02:03"]
+    assert [speed(rate) for rate in (1234, 0.5, 0.02)] == ["1,234/s", "0.50/s", "1.2/min"]
