@@ -96,6 +96,6 @@ def test_a_sweep_says_how_far_its_trials_are(clock, capsys):
     )
 
 
-def test_durations():
+def test_durations_and_speeds():
     assert [duration(seconds) for seconds in (7, 123, 3723)] == ["7 s", "2:03", "1:02:03"]
     assert [speed(rate) for rate in (1234, 0.5, 0.02)] == ["1,234/s", "0.50/s", "1.2/min"]
