@@ -45,9 +45,8 @@ PREPARE = {"sources": SOURCES, "domains": 24, "max_documents": 160, "sentence_le
 
 RUN = {
     "prompt": {"length": 10},
-    # Most steps ask for words, as the few-shot tasks will: a small backbone never learned to answer by letters.
     "tasks": {
-        "mixture": {"nsp": 1, "scsp": 1, "sck": 5},
+        "mixture": {"nsp": 1, "scsp": 1},
         "tasks_per_step": 2,
         "support": 12,
         "query": 12,

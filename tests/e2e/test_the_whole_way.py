@@ -72,7 +72,7 @@ def test_prepare_train_adapt_predict(folder):
     card = (folder / "learned" / "CARD.md").read_text()
     assert "4 meta-steps" in card
     # The settings that suit the embedded backbone came without being asked for.
-    assert [name for name in TASK_TYPES if f"| {name} |" in card] == ["nsp", "scsp", "sck"]
+    assert [name for name in TASK_TYPES if f"| {name} |" in card] == ["nsp", "scsp"]
     said = supmer(
         "adapt", "--task", task, "--checkpoint", folder / "learned", "--shots", 8, "--steps", 4, "--out", adapted
     )

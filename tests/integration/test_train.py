@@ -137,7 +137,7 @@ def test_a_store_of_the_embedded_backbone_brings_the_settings_that_suit_it(tiny_
         with pytest.raises(SystemExit):
             main(["train", "--store", str(where), "--out", str(tmp_path / "run"), "--set", "meta.steps=7"])
     small, paper = seen
-    assert set(small.tasks.types) == {"nsp", "scsp", "sck"} and small.meta.prompt_rate == 0.01 and small.meta.steps == 7
+    assert set(small.tasks.types) == {"nsp", "scsp"} and small.meta.prompt_rate == 0.01 and small.meta.steps == 7
     assert set(paper.tasks.types) == set(PAPER_TASK_TYPES) and paper.meta.prompt_rate == 0.1 and paper.meta.steps == 7
 
 
