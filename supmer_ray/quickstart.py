@@ -53,8 +53,8 @@ RUN = {
         "max_length": 160,
         "candidate_length": 32,
     },
-    "meta": {"steps": 60, "inner_rate": 0.1, "prompt_rate": 0.01, "regularizer_rate": 1e-3},
-    "schedule": {"validate_every": 60, "validation_tasks": 2, "checkpoint_every": 20},
+    "meta": {"steps": 30, "inner_rate": 0.1, "prompt_rate": 0.01, "regularizer_rate": 1e-3},
+    "schedule": {"validate_every": 30, "validation_tasks": 2, "checkpoint_every": 10},
 }
 
 ADAPT = AdaptConfig(**read_yaml(embedded.SETTINGS)["adapt"], max_test=200)
