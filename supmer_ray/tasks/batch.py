@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +55,7 @@ class Examples:
         """Examples of one task (number 0) from lists of ids."""
         lengths = [len(ids) for ids in inputs]
         return Examples(
-            tokens=np.fromiter((token for ids in inputs for token in ids), np.int32, sum(lengths)),
+            tokens=np.fromiter(chain.from_iterable(inputs), np.int32, sum(lengths)),
             offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
             labels=np.asarray(labels, np.int32),
             task=np.zeros(len(lengths), np.int32),

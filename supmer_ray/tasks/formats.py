@@ -51,7 +51,7 @@ def shortened(lengths: Sequence[int], room: int) -> list[int]:
 def shorten(parts: Sequence[Ids], room: int) -> list[list[int]]:
     """The beginnings of `parts` that `shortened` keeps."""
     kept = shortened([len(part) for part in parts], room)
-    return [list(map(int, part[:length])) for part, length in zip(parts, kept, strict=True)]
+    return [np.asarray(part[:length]).tolist() for part, length in zip(parts, kept, strict=True)]
 
 
 @dataclass(frozen=True)

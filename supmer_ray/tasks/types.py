@@ -131,7 +131,7 @@ class TaskDraw:
 
         Items are not repeated between or within the sets while the domains hold enough of them.
         """
-        items = [self._items(domain) for domain in domains]
+        items, others = [self._items(domain) for domain in domains], self._others(domains)
         vectors = self.family.centroids[domains] if self.name == "scc" else None
         make = getattr(self, f"_{self.name}")
         if self.name == "sck":
@@ -142,7 +142,7 @@ class TaskDraw:
         sets = []
         for size in sizes:
             answers = balanced(self.generator, len(words), size)
-            inputs = [make(items, int(answer), domains) for answer in answers]
+            inputs = [make(items, int(answer), others) for answer in answers]
             targets = [self.formats.target(words[answer]) for answer in answers]
             sets.append(Examples.of(inputs, targets, vectors, words))
         return sets
@@ -167,12 +167,18 @@ class TaskDraw:
             yield from map(int, order)
             last = order[-1]
 
-    def _other(self, domains: np.ndarray) -> int:
-        """An item of a uniformly drawn other domain of the family."""
+    def _others(self, domains: np.ndarray) -> np.ndarray:
+        """The usable domains of the family that are not the task's."""
         usable = self.family.usable(self.split, MINIMUM_ITEMS)
-        others = usable[~np.isin(usable, domains)]
-        rows = self.family.rows(int(self.generator.choice(others)), self.split)
-        return int(self.generator.choice(rows))
+        return usable[~np.isin(usable, domains)]
+
+    def _one_of(self, values: np.ndarray) -> int:
+        """One of `values`, uniformly: what `Generator.choice` draws, without the checks that cost it more than that."""
+        return int(values[self.generator.integers(len(values))])
+
+    def _other(self, others: np.ndarray) -> int:
+        """An item of one of the other domains, each as likely as any."""
+        return self._one_of(self.family.rows(self._one_of(others), self.split))
 
     def _foreign(self, row: int) -> int:
         """A sentence of another document than `row`'s."""
@@ -180,51 +186,51 @@ class TaskDraw:
         drawn = int(self.generator.integers(len(self.store) - len(own)))
         return drawn if drawn < own.start else drawn + len(own)
 
-    def _same_document(self, row: int, taken: Sequence[int]) -> int | None:
-        """A sentence of `row`'s document that is not in `taken`, if there is one."""
-        free = np.setdiff1d(np.arange(*_ends(self.store.document_rows(row))), np.asarray(taken))
-        return int(self.generator.choice(free)) if len(free) else None
+    def _same_document(self, row: int, first: int, last: int) -> int | None:
+        """A sentence of `row`'s document outside `first` … `last`, which hold `row`, if there is one."""
+        own = self.store.document_rows(row)
+        before, after = max(0, first - own.start), max(0, own.stop - 1 - last)
+        if not before + after:
+            return None
+        drawn = int(self.generator.integers(before + after))
+        return own.start + drawn if drawn < before else last + 1 + drawn - before
 
-    def _nsp(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+    def _nsp(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         first = next(items[0])
         second: int | None = first + 1
         if ANSWERS["nsp"][answer] == "maybe":
-            second = self._same_document(first, [first - 1, first, first + 1])
+            second = self._same_document(first, first - 1, first + 1)
             if second is None:
                 # The middle of three sentences neighbours both others; its follower does not.
                 first += 1
-                second = self._same_document(first, [first - 1, first, first + 1])
+                second = self._same_document(first, first - 1, first + 1)
         elif ANSWERS["nsp"][answer] == "no":
             second = self._foreign(first)
         assert second is not None, "the store keeps pairs of documents with three or more sentences only"
         return self.formats.sentence_pair(self.store.tokens(first), self.store.tokens(second))
 
-    def _nss(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+    def _nss(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         row = next(items[0])
-        near = self._same_document(row, [row, row + 1, row + 2])
+        near = self._same_document(row, row, row + 2)
         assert near is not None, "the store keeps contexts of documents with four or more sentences only"
         distractors = [int(d) for d in self.generator.permutation([near, self._foreign(row), self._foreign(row)])]
         candidates = [*distractors[:answer], row + 2, *distractors[answer:]]
         anchor = np.concatenate([self.store.tokens(row), self.store.tokens(row + 1)])
         return self.formats.multiple_choice(anchor, [self.store.tokens(c) for c in candidates])
 
-    def _scsp(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+    def _scsp(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         first = next(items[0])
-        second = next(items[0]) if ANSWERS["scsp"][answer] == "yes" else self._other(domains)
+        second = next(items[0]) if ANSWERS["scsp"][answer] == "yes" else self._other(others)
         return self.formats.sentence_pair(self.store.tokens(first), self.store.tokens(second))
 
-    def _scss(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+    def _scss(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         anchor, right = next(items[0]), next(items[0])
-        distractors = [self._other(domains) for _ in range(len(LETTERS) - 1)]
+        distractors = [self._other(others) for _ in range(len(LETTERS) - 1)]
         candidates = [*distractors[:answer], right, *distractors[answer:]]
         return self.formats.multiple_choice(self.store.tokens(anchor), [self.store.tokens(c) for c in candidates])
 
-    def _scc(self, items: list[Iterator[int]], answer: int, domains: np.ndarray) -> list[int]:
+    def _scc(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         return self.formats.single_sentence(self.store.tokens(next(items[answer])))
 
-    def _sck(self, items: list[Iterator[int]], answer: int, domains: np.ndarray, tail: int) -> list[int]:
+    def _sck(self, items: list[Iterator[int]], answer: int, others: np.ndarray, tail: int) -> list[int]:
         return self.formats.sentence_tail(self.store.tokens(next(items[answer])), tail)
-
-
-def _ends(rows: range) -> tuple[int, int]:
-    return rows.start, rows.stop
