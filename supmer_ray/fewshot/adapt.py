@@ -38,7 +38,7 @@ class AdaptRun:
     Attributes:
         task: the definition's name.
         train, dev: the K-shot draw, encoded.
-        verbalizer_ids: (labels,) first token of each label's word.
+        verbalizer_ids: (words,) first tokens of the words that answer, as `TaskEncoder` has them.
         seed: of the order of the training examples.
         prompt: (P, d) float32 to start from; all runs that adapt together share P.
         regularizer: ψ, called with (runs, P, d) gradients and (runs, d) task embeddings; runs that
@@ -125,8 +125,8 @@ def adapt(
         scores = score(
             backbone, prompts.detach(), [run.dev.examples for run in runs], tokens, token_budget=token_budget
         )
-        for number, (run, probabilities) in enumerate(zip(runs, scores, strict=True)):
-            evaluation = Evaluation(step, *accuracy_and_loss(probabilities, run.dev.answers))
+        for number, (run, own) in enumerate(zip(runs, scores, strict=True)):
+            evaluation = Evaluation(step, *accuracy_and_loss(run.dev.label_probabilities(own), run.dev.answers))
             history[number].append(evaluation)
             if step == 0:
                 best.append(evaluation)
@@ -165,15 +165,15 @@ def score(
     token_budget: int = 4096,
     progress: Progress | None = None,
 ) -> list[np.ndarray]:
-    """Probability of every label of every run, for its own examples.
+    """Probability of every word that answers, of every run, for its own examples.
 
     Args:
         prompts: (runs, P, d).
         examples: for each run what to score; runs may share an object.
-        verbalizer_ids: for each run the (labels,) first tokens of its words.
+        verbalizer_ids: for each run the (words,) first tokens of its words.
 
     Returns:
-        For each run (n, labels) float64, rows that sum to 1.
+        For each run (examples, words) float64, rows that sum to 1.
     """
     pool = _Pool(examples)
     rows, task = pool.rows([np.arange(len(part)) for part in examples])
@@ -243,12 +243,12 @@ class _Pool:
 
 
 def training_batches(run: AdaptRun, size: int) -> Iterator[np.ndarray]:
-    """Numbers of training examples, batch after batch: every epoch a new order, cut without replacement."""
+    """Numbers of training examples, `size` rows a batch: every epoch a new order, cut without replacement."""
     generator = np.random.default_rng(run.seed)
     while True:
         order = generator.permutation(len(run.train))
         for start in range(0, len(order), size):
-            yield order[start : start + size]
+            yield run.train.examples_of(order[start : start + size])
 
 
 @torch.no_grad()
@@ -289,6 +289,6 @@ def _test_accuracies(
         token_budget=token_budget,
         progress=progress,
     )
-    for (number, _, test), probabilities in zip(tested, scores, strict=True):
-        accuracies[number] = accuracy_and_loss(probabilities, test.answers)[0]
+    for (number, _, test), own in zip(tested, scores, strict=True):
+        accuracies[number] = accuracy_and_loss(test.label_probabilities(own), test.answers)[0]
     return accuracies

@@ -23,7 +23,7 @@ from supmer_ray.config import AdaptConfig, build
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.fewshot.adapt import Progress, score
 from supmer_ray.fewshot.definition import TaskDefinition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
 from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
 from supmer_ray.files import whole_folder
 from supmer_ray.model.backbone import Backbone, best_device, load_backbone
@@ -148,7 +148,7 @@ def predict(
     adapted = load_adapted(adapted_folder)
     record = adapted.record
     frame = read_table(input_file)
-    require_columns(frame, record.definition.fields, str(input_file))
+    require_columns(frame, record.definition.texts, str(input_file))
     for column in (PREDICTED, PROBABILITY):
         if column in frame.columns:
             raise UserError(f"{input_file} already has a column '{column}'; rename it, the prediction goes there.")
@@ -156,7 +156,7 @@ def predict(
     require_backbone(adapted, backbone)
     limit = input_limit(backbone, len(adapted.prompt), record.config.max_length)
     encoder = TaskEncoder(backbone, record.definition, max_length=limit, pattern=record.pattern)
-    [probabilities] = score(
+    [scores] = score(
         backbone,
         adapted.prompt[None].to(backbone.device),
         [encoder.inputs(frame)],
@@ -164,7 +164,7 @@ def predict(
         token_budget=token_budget,
         progress=progress,
     )
-    labels = record.definition.labels
+    probabilities, labels = label_probabilities(scores, encoder.candidates), record.definition.labels
     frame[PREDICTED] = [labels[number] for number in probabilities.argmax(axis=1)]
     frame[PROBABILITY] = probabilities.max(axis=1).round(6)
     write_table(frame, output_file)

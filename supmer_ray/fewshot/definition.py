@@ -3,6 +3,9 @@
 In comes a YAML file or the name of a built-in task, out come a checked `TaskDefinition` and, from its
 `read`, the train and test rows. A pattern puts the fields around one {mask}; a verbalizer is the word
 that stands for a label there (Schick and Schütze, 2021). A new task is a new YAML, never new code.
+
+A multiple choice may be asked at once, with letters as words, or candidate by candidate as a sentence
+pair ("does this one follow?"), which a small language model can answer where it cannot point with a letter.
 """
 
 from __future__ import annotations
@@ -20,6 +23,12 @@ from supmer_ray.fewshot.tables import read_headerless, read_table, read_tsv, req
 
 MASK = "mask"
 """The name that stands for the answer's place in a pattern."""
+
+CANDIDATE = "candidate"
+"""The name that stands for one candidate after the other in a pattern."""
+
+WRONG, RIGHT = "wrong", "right"
+"""What a multiple choice that is asked candidate by candidate has verbalizers for."""
 
 
 class _Section(BaseModel):
@@ -107,9 +116,13 @@ class TaskDefinition(_Section):
         published: where `data` is a hub's, the same rows in files, below a folder that the user names.
         where: column → values; rows with another value there are left out.
         fields: the text columns that the patterns use.
+        candidates: of a multiple choice that is asked candidate by candidate, label → the text column of the
+            candidate that it stands for, in the order in which labels are numbered. Otherwise empty.
         label: the column that holds the label; labels are read as text.
-        patterns: each has the fields and one mask in braces, "{text} It was {mask} .".
-        verbalizers: label → word, in the order in which labels are numbered.
+        patterns: each has the fields and one mask in braces, "{text} It was {mask} ."; with candidates also
+            {candidate}.
+        verbalizers: label → word, in the order in which labels are numbered; with candidates the words for
+            `wrong` and `right`.
     """
 
     name: str = Field(min_length=1)
@@ -118,6 +131,7 @@ class TaskDefinition(_Section):
     published: PublishedSplits | None = None
     where: dict[str, tuple[str, ...]] = {}
     fields: tuple[str, ...] = Field(min_length=1)
+    candidates: dict[str, str] = {}
     label: str = "label"
     patterns: tuple[str, ...] = Field(min_length=1)
     verbalizers: dict[str, str] = Field(min_length=2)
@@ -125,23 +139,41 @@ class TaskDefinition(_Section):
     @field_validator("fields")
     @classmethod
     def _fields_are_columns(cls, fields: tuple[str, ...]) -> tuple[str, ...]:
-        if MASK in fields:
-            raise ValueError(f"'{MASK}' stands for the answer's place in a pattern; rename that column")
+        for name, what in ((MASK, "the answer's place"), (CANDIDATE, "one candidate after the other")):
+            if name in fields:
+                raise ValueError(f"'{name}' stands for {what} in a pattern; rename that column")
         if len(set(fields)) < len(fields):
             raise ValueError("a field is listed twice")
         return fields
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _candidates_are_columns(cls, candidates: Any, info: Any) -> Any:
+        if not isinstance(candidates, dict) or not candidates:
+            return candidates
+        own = {str(label): str(column) for label, column in candidates.items()}
+        if len(own) < 2:
+            raise ValueError("one candidate leaves no choice; name at least two")
+        columns = [*info.data.get("fields", ()), *own.values()]
+        if len(set(columns)) < len(columns):
+            raise ValueError("a column is named twice among fields and candidates")
+        return own
 
     @field_validator("patterns")
     @classmethod
     def _patterns_are_usable(cls, patterns: tuple[str, ...], info: Any) -> tuple[str, ...]:
         for pattern in patterns:
             names = [name for _, name in pattern_parts(pattern) if name is not None]
+            once = [MASK, CANDIDATE] if info.data.get("candidates") else [MASK]
             for name in names:
-                if name != MASK and name not in info.data.get("fields", names):
-                    known = [*info.data["fields"], MASK]
+                if name not in once and name not in info.data.get("fields", names):
+                    known = [*info.data["fields"], *once]
                     raise ValueError(f"pattern '{pattern}' names {{{name}}}, which is no field; {nearest(name, known)}")
-            if names.count(MASK) != 1:
-                raise ValueError(f"pattern '{pattern}' has {names.count(MASK)} times {{{MASK}}}; write it exactly once")
+            for name in once:
+                if names.count(name) != 1:
+                    raise ValueError(
+                        f"pattern '{pattern}' has {names.count(name)} times {{{name}}}; write it exactly once"
+                    )
             if len(names) == 1:
                 raise ValueError(f"pattern '{pattern}' uses no field; write at least one in braces")
         return patterns
@@ -160,6 +192,15 @@ class TaskDefinition(_Section):
                 raise ValueError(f"label '{label}' has an empty word; write one")
         return {str(label): str(word).strip() for label, word in verbalizers.items()}
 
+    @model_validator(mode="after")
+    def _words_fit_candidates(self) -> TaskDefinition:
+        if self.candidates and set(self.verbalizers) != {WRONG, RIGHT}:
+            raise ValueError(
+                f"with candidates, verbalizers are the words for '{WRONG}' and '{RIGHT}', not for "
+                f"{', '.join(self.verbalizers)}"
+            )
+        return self
+
     def from_folder(self, folder: Path) -> TaskDefinition:
         """The definition with the rows of its published files below `folder`, or itself if it has none."""
         if self.published is None:
@@ -169,7 +210,12 @@ class TaskDefinition(_Section):
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels in the order of their numbers."""
-        return tuple(self.verbalizers)
+        return tuple(self.candidates or self.verbalizers)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns that hold text: the fields, then the candidates."""
+        return (*self.fields, *self.candidates.values())
 
     def read(self) -> dict[str, pd.DataFrame]:
         """The rows: {"train": …, "test": …} with the text columns and the label column, all text.
@@ -203,25 +249,30 @@ class TaskDefinition(_Section):
         }
 
     def _checked(self, frame: pd.DataFrame, where: str) -> pd.DataFrame:
-        require_columns(frame, (*self.fields, self.label, *self.where), where)
+        require_columns(frame, (*self.texts, self.label, *self.where), where)
         for column, values in self.where.items():
             frame = frame[frame[column].map(str).isin(values)]
         if frame.empty:
             raise UserError(f"No row of {where} passes the 'where' of task '{self.name}'; mend its values.")
-        frame = frame.reset_index(drop=True)[[*self.fields, self.label]]
+        frame = frame.reset_index(drop=True)[[*self.texts, self.label]]
         missing = frame[self.label].isna()
         if missing.any():
             row = int(missing.to_numpy().argmax()) + 1
             raise UserError(f"Row {row} of {where} has no '{self.label}'; give it a label or leave the row out.")
-        texts = field_texts(frame, self.fields)
+        texts = field_texts(frame, self.texts)
         texts[self.label] = frame[self.label].map(str)
         unknown = ~texts[self.label].isin(self.labels)
         if unknown.any():
             row = int(unknown.to_numpy().argmax())
             label = texts[self.label].iloc[row]
+            what, line = (
+                ("candidate", "COLUMN' under candidates")
+                if self.candidates
+                else ("verbalizer", "WORD' under verbalizers")
+            )
             raise UserError(
-                f"Row {row + 1} of {where} has the label '{label}', which has no verbalizer in task '{self.name}'; "
-                f"add a line '{label}: WORD' under verbalizers (it has: {', '.join(self.labels)})."
+                f"Row {row + 1} of {where} has the label '{label}', which has no {what} in task '{self.name}'; "
+                f"add a line '{label}: {line} (it has: {', '.join(self.labels)})."
             )
         return texts
 

@@ -2,7 +2,8 @@
 
 In come rows of text, out come flat `Examples` (framed as the backbone's tokenizer frames a text) and
 the numbers of their labels. A text that is too long loses tokens of its fields, in proportion to their
-lengths and from their ends; the pattern and the mask always stay whole.
+lengths and from their ends; the pattern and the mask always stay whole. A multiple choice that is asked
+candidate by candidate becomes one example for each candidate.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy.special
 
 from supmer_ray.errors import UserError
-from supmer_ray.fewshot.definition import MASK, TaskDefinition, field_texts, pattern_parts
+from supmer_ray.fewshot.definition import (
+    CANDIDATE,
+    MASK,
+    RIGHT,
+    WRONG,
+    TaskDefinition,
+    field_texts,
+    pattern_parts,
+)
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.batch import Examples
@@ -26,15 +36,45 @@ class Split:
     """Encoded rows and their right answers.
 
     Attributes:
-        examples: n encoder inputs with the decoder's targets (sentinel, word, closing).
+        examples: n · candidates encoder inputs with the decoder's targets (sentinel, word, closing); those of a row
+            stand together.
         answers: (n,) number of each row's label, in the definition's order.
+        candidates: encoder inputs that ask about one row: 1, or one for each label.
     """
 
     examples: Examples
     answers: np.ndarray
+    candidates: int = 1
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    def examples_of(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the examples that ask about these rows: (m,) → (m · candidates,)."""
+        return (rows[:, None] * self.candidates + np.arange(self.candidates)).ravel()
+
+    def label_probabilities(self, scores: np.ndarray) -> np.ndarray:
+        """Probabilities of words (n · candidates, words) → of labels (n, labels); see the function of that name."""
+        return label_probabilities(scores, self.candidates)
+
+
+def label_probabilities(scores: np.ndarray, candidates: int) -> np.ndarray:
+    """What the words of each example say about the labels of each row.
+
+    Asked at once, a word's probability is its label's. Asked candidate by candidate, each has odds of being right,
+    and exactly one is: p(label) ∝ p(right | its candidate) / p(wrong | its candidate).
+
+    Args:
+        scores: (n · candidates, words) probabilities; with several candidates the words are (wrong, right).
+
+    Returns:
+        (n, labels) probabilities.
+    """
+    if candidates == 1:
+        return scores
+    logs = np.log(np.maximum(scores, np.finfo(scores.dtype).tiny))
+    odds = (logs[:, 1] - logs[:, 0]).reshape(-1, candidates)
+    return scipy.special.softmax(odds, axis=1)
 
 
 def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
@@ -58,7 +98,8 @@ class TaskEncoder:
         pattern: which of the definition's patterns.
 
     Attributes:
-        verbalizer_ids: (labels,) first token of each label's word, what scoring looks at.
+        verbalizer_ids: (words,) first token of each label's word, or of (wrong, right), what scoring looks at.
+        candidates: examples that ask about one row.
 
     Raises:
         UserError: two words begin with the same token, a word is unknown to the tokenizer, or the
@@ -68,6 +109,7 @@ class TaskEncoder:
     def __init__(self, backbone: Backbone, definition: TaskDefinition, *, max_length: int, pattern: int = 0) -> None:
         self.backbone = backbone
         self.definition = definition
+        self.candidates = max(1, len(definition.candidates))
         special = {*backbone.tokenizer.all_special_ids, backbone.sentinel, backbone.closing}
         self._special = special - {backbone.tokenizer.unk_token_id}
         self._parts = self._pattern_tokens(definition.patterns[pattern])
@@ -90,8 +132,12 @@ class TaskEncoder:
         """The rows' encoder inputs with the targets of their labels."""
         numbers = {label: number for number, label in enumerate(self.definition.labels)}
         answers = frame[self.definition.label].map(numbers).to_numpy(np.int64)
-        targets = self._targets[answers].tolist()
-        return Split(Examples.of(self._input_ids(frame), targets, choices=self.verbalizer_ids), answers)
+        asked = answers
+        if self.candidates > 1:
+            asked = (np.arange(self.candidates) == answers[:, None]).astype(np.int64).ravel()
+        targets = self._targets[asked].tolist()
+        examples = Examples.of(self._input_ids(frame), targets, choices=self.verbalizer_ids)
+        return Split(examples, answers, self.candidates)
 
     def _pattern_tokens(self, pattern: str) -> list[tuple[bool, list[int], str | None]]:
         """The pattern as (whether a space stands before the name, tokens of the text, name)."""
@@ -109,10 +155,19 @@ class TaskEncoder:
         return [[token for token in row if token not in self._special] for row in ids]
 
     def _input_ids(self, frame: pd.DataFrame) -> list[list[int]]:
-        texts = field_texts(frame, self.definition.fields)
+        texts = field_texts(frame, self.definition.texts)
         slots = [(spaced, name) for spaced, _, name in self._parts if name not in (None, MASK)]
-        columns = [self._tokenize(texts[name].tolist(), spaced=spaced) for spaced, name in slots]
-        return [self._fill(fields) for fields in zip(*columns, strict=True)]
+        tokens: dict[tuple[bool, str], list[list[int]]] = {}
+        asked = []
+        for candidate in self.definition.candidates.values() or [None]:
+            columns = []
+            for spaced, name in slots:
+                place = (spaced, str(candidate if name == CANDIDATE else name))
+                if place not in tokens:
+                    tokens[place] = self._tokenize(texts[place[1]].tolist(), spaced=spaced)
+                columns.append(tokens[place])
+            asked.append([self._fill(fields) for fields in zip(*columns, strict=True)])
+        return [ids for row in zip(*asked, strict=True) for ids in row]
 
     def _fill(self, fields: Sequence[list[int]]) -> list[int]:
         kept = shortened([len(field) for field in fields], self._room)
@@ -127,9 +182,9 @@ class TaskEncoder:
         return ids + self.backbone.suffix
 
     def _target_tokens(self) -> np.ndarray:
-        """(labels, T) int32: sentinel, word, closing; shorter words are filled up with `IGNORED`."""
-        labels = self.definition.labels
-        words = self._tokenize(list(self.definition.verbalizers.values()), spaced=True)
+        """(words, T) int32: sentinel, word, closing; shorter words are filled up with `IGNORED`."""
+        labels = (WRONG, RIGHT) if self.definition.candidates else self.definition.labels
+        words = self._tokenize([self.definition.verbalizers[label] for label in labels], spaced=True)
         first: dict[int, str] = {}
         for label, tokens in zip(labels, words, strict=True):
             word = self.definition.verbalizers[label]

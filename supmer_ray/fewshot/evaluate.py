@@ -228,7 +228,7 @@ def _accuracies(
     by_split = []
     for split in splits:
         scores = score(backbone, prompts, [split.examples] * len(runs), words, token_budget=token_budget)
-        by_split.append([accuracy_and_loss(probabilities, split.answers)[0] for probabilities in scores])
+        by_split.append([accuracy_and_loss(split.label_probabilities(own), split.answers)[0] for own in scores])
     return [list(own) for own in zip(*by_split, strict=True)]
 
 

@@ -40,8 +40,8 @@ def finetune(
     prompt = run.prompt[None].to(tuned.device)
 
     def evaluate(step: int) -> Evaluation:
-        [probabilities] = score(tuned, prompt, [run.dev.examples], [run.verbalizer_ids], token_budget=token_budget)
-        return Evaluation(step, *accuracy_and_loss(probabilities, run.dev.answers))
+        [scores] = score(tuned, prompt, [run.dev.examples], [run.verbalizer_ids], token_budget=token_budget)
+        return Evaluation(step, *accuracy_and_loss(run.dev.label_probabilities(scores), run.dev.answers))
 
     best, kept = evaluate(0), _weights(tuned)
     for step in range(1, config.steps + 1):

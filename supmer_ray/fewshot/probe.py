@@ -32,7 +32,7 @@ def features(
     One field is its mean encoder state; of several, each one's, and how the first differs from and agrees
     with every other (|u − v| and u · v), which a line could not see.
     """
-    states = [_mean_states(backbone, frame[field].tolist(), max_length, token_budget) for field in definition.fields]
+    states = [_mean_states(backbone, frame[field].tolist(), max_length, token_budget) for field in definition.texts]
     first, others = states[0], states[1:]
     return np.concatenate([*states, *(np.abs(first - other) for other in others), *(first * v for v in others)], axis=1)
 

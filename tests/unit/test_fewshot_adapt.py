@@ -179,6 +179,48 @@ def test_every_epoch_uses_every_example_once(runs):
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
+def choices(count: int, seed: int) -> pd.DataFrame:
+    """Which of two words was liked."""
+    generator = np.random.default_rng(seed)
+    liked, disliked, nouns = (generator.choice(words, count) for words in (LIKED, DISLIKED, NOUNS))
+    first = np.arange(count) % 2 == 0
+    return pd.DataFrame(
+        {
+            "noun": nouns,
+            "a": np.where(first, liked, disliked),
+            "b": np.where(first, disliked, liked),
+            "label": np.where(first, "A", "B"),
+        }
+    )
+
+
+CHOICE = TaskDefinition.model_validate(
+    {
+        "name": "choice",
+        "data": {"catalog": "choice"},
+        "fields": ["noun"],
+        "candidates": {"A": "a", "B": "b"},
+        "patterns": ["{noun} {candidate} it is {mask} ."],
+        "verbalizers": {"wrong": "terrible", "right": "great"},
+    }
+)
+
+
+def test_a_choice_is_learned_candidate_by_candidate_beside_other_tasks(backbone, runs):
+    encoder = TaskEncoder(backbone, CHOICE, max_length=60)
+    train, dev, test = (encoder.split(choices(size, seed)) for seed, size in enumerate((16, 16, 40)))
+    prompt = vocabulary_prompt(backbone, P, seed=0).double()
+    run = AdaptRun("choice", train, dev, encoder.verbalizer_ids, 0, prompt, IdentityRegularizer(), test)
+    epoch = [numbers for numbers, _ in zip(training_batches(run, 8), range(2), strict=False)]
+    assert [len(numbers) for numbers in epoch] == [16, 16]  # of 8 rows each
+    assert sorted(np.concatenate(epoch)) == list(range(32))
+    config = AdaptConfig(steps=80, batch=16, rate=0.1, evaluate_every=10, loss="answers")
+    result, _ = adapt(backbone, [run, runs[0]], config)
+    [alone] = adapt(backbone, [run], config)
+    assert result.test_accuracy == alone.test_accuracy
+    assert result.best.accuracy > 0.9 and result.test_accuracy > 0.8
+
+
 def test_each_run_is_clipped_for_itself():
     gradients = torch.stack([torch.full((2, 3), 0.01), torch.full((2, 3), 7.0)])
     clipped = _clipped(gradients, 1.0)

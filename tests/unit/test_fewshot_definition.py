@@ -99,6 +99,19 @@ def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk, monkeypatch
         ({"patterns": ["{title} is} {mask} ."]}, "braces .* do not pair up"),
         ({"patterns": ["{title!r} is {mask} ."]}, "more or less than a name in braces"),
         ({"fields": ["title", "mask"]}, "'mask' stands for"),
+        ({"fields": ["title", "candidate"]}, "'candidate' stands for one candidate after the other"),
+        ({"candidates": {"good": "body"}}, "one candidate leaves no choice"),
+        ({"candidates": {"good": "body", "bad": "third"}}, "'body|named twice among fields and candidates"),
+        ({"fields": ["title"], "candidates": {"good": "x", "bad": "y"}}, r"names \{body\}, which is no field"),
+        (
+            {"fields": ["title"], "candidates": {"good": "x", "bad": "y"}, "patterns": ["{title} is {mask} ."]},
+            r"has 0 times \{candidate\}; write it exactly once",
+        ),
+        (
+            {"fields": ["title"], "candidates": {"good": "x", "bad": "y"}, "patterns": ["{title} {mask} {candidate}"]},
+            "with candidates, verbalizers are the words for 'wrong' and 'right', not for bad, good",
+        ),
+        ({"patterns": ["{title} {mask} {candidate}"]}, r"names \{candidate\}, which is no field"),
         ({"fields": ["title", "title"]}, "listed twice"),
         ({"verbalizers": {"good": True, "bad": False}}, "YAML reads as False; put it in quotes"),
         ({"verbalizers": {"good": "great", "bad": " "}}, "label 'bad' has an empty word"),
@@ -115,6 +128,29 @@ def test_refuses_a_wrong_definition(tmp_path, changes, message):
 def test_names_label_row_and_file_of_a_label_without_verbalizer(tmp_path):
     definition = load_definition(task(tmp_path, verbalizers={"good": "great", "poor": "terrible"}))
     with pytest.raises(UserError, match=r"Row 2 of .*train.csv has the label 'bad', .*add a line 'bad: WORD'"):
+        definition.read()
+
+
+CHOICE = {
+    "fields": ["opening"],
+    "candidates": {"first": "a", "second": "b"},
+    "patterns": ["{opening} ? {mask} , {candidate}"],
+    "verbalizers": {"right": "great", "wrong": "terrible"},
+}
+
+
+def test_candidates_are_columns_and_their_labels_the_task_s(tmp_path):
+    source = {"files": {"train": "choices.csv", "test": "choices.csv"}}
+    definition = load_definition(task(tmp_path, data=source, **CHOICE))
+    assert definition.labels == ("first", "second")
+    row = {"opening": "rain", "a": "sun", "b": "wind", "kind": "second"}
+    pd.DataFrame([row | {"else": 1}]).to_csv(tmp_path / "choices.csv", index=False)
+    assert definition.read()["train"].to_dict("records") == [row]
+    pd.DataFrame([row | {"kind": "third"}]).to_csv(tmp_path / "choices.csv", index=False)
+    with pytest.raises(UserError, match=r"label 'third', which has no candidate .* 'third: COLUMN' under candidates"):
+        definition.read()
+    pd.DataFrame([row]).drop(columns="b").to_csv(tmp_path / "choices.csv", index=False)
+    with pytest.raises(UserError, match=r"choices.csv has no column 'b'"):
         definition.read()
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import TaskDefinition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.formats import shortened
@@ -125,3 +125,35 @@ def test_verbalizer_ids_are_what_the_targets_ask_for(backbone):
     encoder = TaskEncoder(backbone, definition(), max_length=50)
     rows = pd.DataFrame({"a": ["x", "y"], "b": ["", ""], "label": ["1", "0"]})
     np.testing.assert_array_equal(encoder.split(rows).examples.labels[:, 1], encoder.verbalizer_ids)
+
+
+def test_a_choice_asked_candidate_by_candidate_is_one_example_each(backbone):
+    choice = definition(
+        "{a} ? {mask} , {candidate}",
+        fields=["a"],
+        candidates={"x": "one", "y": "two", "z": "three"},
+        verbalizers={"right": "yes", "wrong": "no"},
+    )
+    encoder = TaskEncoder(backbone, choice, max_length=50)
+    frame = pd.DataFrame(
+        [["the film", "rain", "a fine story", "sunny", "y"], ["rain", "places", "great", "film", "x"]],
+        columns=["a", "one", "two", "three", "label"],
+    )
+    split = encoder.split(frame)
+    assert (len(split), len(split.examples), split.candidates) == (2, 6, 3)
+    assert split.answers.tolist() == [1, 0]
+    no, yes = (tokens[0] for tokens in backbone.tokenize(["no", "yes"]))
+    assert encoder.verbalizer_ids.tolist() == [no, yes]  # wrong before right, however the YAML has them
+    assert split.examples.labels[:, 1].tolist() == [no, yes, no, yes, no, no]
+    asked = [(row.a, text) for row in frame.itertuples() for text in (row.one, row.two, row.three)]
+    for number, (first, candidate) in enumerate(asked):
+        left, right = backbone.tokenize([f"{first} ?", f", {candidate}"])
+        assert ids_of(split.examples, number) == [*backbone.prefix, *left, backbone.sentinel, *right, *backbone.suffix]
+    assert split.examples_of(np.array([1, 0])).tolist() == [3, 4, 5, 0, 1, 2]
+
+
+def test_labels_of_a_choice_share_what_their_candidates_odds_say():
+    scores = np.array([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1], [1.0, 0.0]])
+    odds = np.array([[1, 3], [1 / 9, 0]])
+    np.testing.assert_allclose(label_probabilities(scores, 2), odds / odds.sum(axis=1, keepdims=True), atol=1e-12)
+    assert label_probabilities(scores, 1) is scores
