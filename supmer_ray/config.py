@@ -151,6 +151,10 @@ class WorkersConfig(_Section):
     checkpoint_activations: bool = Field(
         False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
     )
+    compile_norms: bool = Field(
+        False,
+        description="have torch compile the norms; on a CPU that needs a C++ compiler and helps short texts (T5 only)",
+    )
 
 
 class ScheduleConfig(_Section):

@@ -326,6 +326,8 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         require_same_backbone(store, backbone)
         if config.workers.checkpoint_activations:
             backbone.checkpoint_activations()
+        if config.workers.compile_norms:
+            backbone.compile_norms()
         formats = make_formats(config, backbone)
 
         identity = checkpoint_identity(store)

@@ -8,6 +8,9 @@ computes) is settled here once.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -181,12 +184,30 @@ class Backbone:
         Raises:
             UserError: this family's forward cannot.
         """
+        instead = ", and lower workers.tokens_per_micro_batch where memory is short"
+        self._t5_forward("checkpoint_activations", instead).checkpointing = True
+
+    def compile_norms(self) -> None:
+        """Have torch compile the norms at their first use, which takes some seconds.
+
+        Raises:
+            UserError: this family's forward has none of its own, or the machine lacks the compiler.
+        """
+        forward = self._t5_forward("compile_norms")
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if self.device.type == "cpu" and not shutil.which(compiler):
+            raise UserError(
+                f"workers.compile_norms needs the C++ compiler {compiler}, which is not on the PATH; install it, name "
+                "another one in the environment variable CXX, or set workers.compile_norms to false."
+            )
+        forward.compiled = True
+
+    def _t5_forward(self, setting: str, instead: str = "") -> T5Forward:
         if not isinstance(self.forward, T5Forward):
             raise UserError(
-                f"workers.checkpoint_activations works with T5 models, and '{self.name}' is none; set it to false, and "
-                "lower workers.tokens_per_micro_batch where memory is short."
+                f"workers.{setting} works with T5 models, and '{self.name}' is none; set it to false{instead}."
             )
-        self.forward.checkpointing = True
+        return self.forward
 
     def random_rows(self, count: int, below: int, generator: torch.Generator) -> Tensor:
         """(count, d) float32: embeddings of random vocabulary ids under `below`, the start of a prompt."""

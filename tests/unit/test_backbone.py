@@ -5,7 +5,7 @@ import time
 import huggingface_hub
 import pytest
 import torch
-from tiny import make_tiny_t5
+from tiny import make_tiny_bart, make_tiny_t5
 from transformers import AutoModelForSeq2SeqLM
 
 from supmer_ray.errors import UserError
@@ -86,3 +86,17 @@ def test_a_pickle_is_never_read(folder, tmp_path):
     torch.save(AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
         load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["checkpoint_activations", "compile_norms"])
+def test_what_only_t5_can_is_refused_elsewhere(folder, tmp_path, setting):
+    getattr(load_backbone(str(folder)), setting)()
+    bart = load_backbone(str(make_tiny_bart(tmp_path, TEXTS)))
+    with pytest.raises(UserError, match=rf"workers.{setting} works with T5 models, and .* is none; set it to false"):
+        getattr(bart, setting)()
+
+
+def test_norms_are_not_compiled_without_a_compiler(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"needs the C\+\+ compiler no-such-compiler, which is not on the PATH"):
+        load_backbone(str(folder)).compile_norms()

@@ -1,6 +1,8 @@
 """The packed forwards give the library's numbers: states, logits and gradients, in every layout and precision."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -115,13 +117,16 @@ def test_one_padded_group_is_every_example_alone():
         assert_close(together[16 * number : 16 * (number + 1)], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch compiles for a CPU with a C++ compiler")
 def test_a_compiled_norm_is_the_same_norm():
     x, weight = torch.randn(37, D), torch.rand(D)
     found = []
     for compiled in (False, True):
         at = x.clone().requires_grad_()
         out = _RootMeanSquare.apply(at, weight, 1e-6, compiled)
-        found.append((out.detach(), torch.autograd.grad(out.square().sum(), at)[0]))
+        [gradient] = torch.autograd.grad(out.square().sum(), at, create_graph=True)
+        [second] = torch.autograd.grad(gradient.square().sum(), at)  # what second-order meta-learning asks for
+        found.append((out.detach(), gradient.detach(), second))
     for own, wanted in zip(*found, strict=True):
         assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
