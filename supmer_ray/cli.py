@@ -181,7 +181,8 @@ def adapt(
             prompt_length=len(learned.prompt) if learned else prompt_length,
             overwrite=overwrite,
             progress=_stages(
-                {"adapt": f"Adapting to {definition.name}", "test": "Scoring the test split"}, line.update
+                {"adapt": (f"Adapting to {definition.name}", "steps"), "test": ("Scoring the test split", "inputs")},
+                line.update,
             ),
         )
     print(
@@ -221,12 +222,13 @@ def evaluate(
     if (suite is None) == (tasks is None):
         raise UserError("Say what to compare on: either --suite NAME or --tasks a,b.")
     given_alone = override({}, set_ or ())
+    where = str(config) if config else "the command line"
     if config is None and given_alone.get("backbone", "embedded") == "embedded":
         config = embedded.SETTINGS
     values = override(read_yaml(config) if config else {}, set_ or ())
     if shots is not None:
         values = override(values, [f"adapt.shots={shots}"])
-    settings = build(EvaluateConfig, values, str(config) if config else "the command line")
+    settings = build(EvaluateConfig, values, where)
     given = {}
     for pair in checkpoint or ():
         name, equals, folder = pair.partition("=")
@@ -332,9 +334,9 @@ def _names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def _stages(titles: dict[str, str], update: Callable[..., Any]) -> Callable[[str, int, int], None]:
-    """A progress callback that shows each named stage under its title."""
-    return lambda name, done, total: update(done, total, title=titles[name])
+def _stages(stages: dict[str, tuple[str, str]], update: Callable[..., Any]) -> Callable[[str, int, int], None]:
+    """A progress callback that shows each named stage under its title, in its unit."""
+    return lambda name, done, total: update(done, total, title=stages[name][0], unit=stages[name][1])
 
 
 def main(arguments: list[str] | None = None) -> None:

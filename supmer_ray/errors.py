@@ -48,6 +48,15 @@ def require_path(folder: Path) -> None:
         )
 
 
+def require_one_way(*, overwrite: bool, resume: bool) -> None:
+    """
+    Raises:
+        UserError: what is to be resumed would be deleted first.
+    """
+    if overwrite and resume:
+        raise UserError("--resume goes on with what the output holds and --overwrite deletes it; give one of the two.")
+
+
 def require_new_folder(
     folder: Path, *, overwrite: bool, resume: bool = False, can_resume: bool = False, marker: str | None = None
 ) -> None:
@@ -58,9 +67,11 @@ def require_new_folder(
         marker: a file by which the command knows its own output; what lacks it is not overwritten.
 
     Raises:
-        UserError: the folder is a URI or a file, is not empty and neither flag was given, or is none to overwrite.
+        UserError: both flags were given, the folder is a URI or a file, is not empty and neither flag was given, or is
+            none to overwrite.
     """
     require_path(folder)
+    require_one_way(overwrite=overwrite, resume=resume)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):

@@ -105,7 +105,7 @@ class Plan:
         data: folder with the benchmarks' published files, for tasks that have such a layout.
 
     Raises:
-        UserError: two methods have one name, or a checkpoint is for none of them.
+        UserError: there is no method, two have one name, or a checkpoint is for none of them.
     """
 
     suite: Suite
@@ -118,6 +118,8 @@ class Plan:
     data: Path | None = None
 
     def __post_init__(self) -> None:
+        if not self.methods:
+            raise UserError("The comparison has no method; name at least one, for example --methods supmer.")
         _once([method.name for method in self.methods], "methods of the comparison")
         for name in self.checkpoints or {}:
             if name not in [method.name for method in self.methods if method.meta is not None]:
@@ -177,7 +179,9 @@ class Plan:
             "config": self.config.model_dump(mode="json"),
             "seeds": self.seeds,
             "curve": self.curve.model_dump(mode="json") if self.curve else None,
-            "store": str(self.store.resolved) if self.store else None,
+            "store": {"place": str(self.store.resolved), "digest": read_manifest(self.store).digest}
+            if self.store
+            else None,
             "checkpoints": given,
             "data": str(self.data.resolve()) if self.data else None,
         }

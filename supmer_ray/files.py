@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from supmer_ray.errors import UserError, first_line, require_new_folder, require_path
+from supmer_ray.errors import UserError, first_line, require_new_folder, require_one_way, require_path
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
@@ -404,6 +404,7 @@ def require_new_place(
     if not place.remote:
         require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=can_resume, marker=marker)
         return
+    require_one_way(overwrite=overwrite, resume=resume)
     if "/" not in place.filesystem()[1].strip("/"):
         raise UserError(f"{place} is a whole bucket; name a folder in it.")
     with place.answering():

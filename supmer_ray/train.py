@@ -81,11 +81,12 @@ def train(
         Stopped: SIGTERM or SIGINT came; what was learned until then is kept for `resume`.
     """
     place, store = Place(str(out)), Place.of(store).resolved
-    require_domains(Store.open(store), config.tasks.types)
+    opened = Store.open(store)
+    require_domains(opened, config.tasks.types)
     require_new_place(place, overwrite=overwrite, resume=resume, can_resume=True, marker=CONFIG_FILE)
     require_loggers(config.monitoring.loggers, place)
     if resume:
-        _require_same_run(place, config, store)
+        _require_same_run(place, config, store, opened.manifest.digest)
     if overwrite:
         require_outside(place, {"store": store})
     with nullcontext() if place.remote else held(place.local, "a run"):
@@ -94,7 +95,8 @@ def train(
         if overwrite:
             place.parent.delete(place.name)
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
-        settings = {"store": str(store), "config": config.model_dump(mode="json")}
+        digest = opened.manifest.digest
+        settings = {"store": str(store), "store_digest": digest, "config": config.model_dump(mode="json")}
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
         for left in (REFUSAL_FILE, STOP_FILE):
             place.delete(left)
@@ -271,8 +273,8 @@ def _forget_damaged_notes(place: Place) -> None:
         place.delete(note)
 
 
-def _require_same_run(out: Place, config: RunConfig, store: Place) -> None:
-    """Refuse to resume under another configuration than the run was started with."""
+def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) -> None:
+    """Refuse to resume under another configuration, or on another store, than the run was started with."""
     text = out.read(CONFIG_FILE)
     if text is None:
         raise UserError(f"{out} holds no run to resume ({CONFIG_FILE} is missing); start without --resume.")
@@ -289,6 +291,9 @@ def _require_same_run(out: Place, config: RunConfig, store: Place) -> None:
             )
     if started["store"] != str(store):
         raise UserError(f"The run in {out} was started on the store {started['store']}; resume with that one.")
+    # Runs of earlier versions have no digest.
+    if started.get("store_digest", digest) != digest:
+        raise UserError(f"The store {store} was made anew since the run in {out} was started; start a new run.")
 
 
 class _Follow:

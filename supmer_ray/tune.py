@@ -75,9 +75,14 @@ def tune(
     """
     out, store = out.resolve(), Place.of(store).resolved
     objective = make_objective(config.objective)
-    types = validation_types(config, Store.open(store))
+    opened = Store.open(store)
+    types = validation_types(config, opened)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=SWEEP_FILE)
-    settings = {"store": str(store), "sweep": config.model_dump(mode="json", by_alias=True)}
+    settings = {
+        "store": {"place": str(store), "digest": opened.manifest.digest},
+        "task": objective.task,
+        "sweep": config.model_dump(mode="json", by_alias=True),
+    }
     started = _require_same_sweep(out, settings) if resume else {}
     if overwrite:
         require_outside(Place(str(out)), {"store": store})
@@ -302,10 +307,9 @@ def _require_same_sweep(out: Path, settings: Mapping[str, Any]) -> dict[str, Any
         started: dict[str, Any] = json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{out} holds no sweep to resume ({SWEEP_FILE} is missing or damaged).") from None
-    for key in ("store", "sweep"):
+    for key, what in (("store", "store"), ("task", "few-shot task"), ("sweep", "configuration")):
         if started.get(key) != json.loads(json.dumps(settings[key])):
             raise UserError(
-                f"The sweep in {out} was started with another {'store' if key == 'store' else 'configuration'}; "
-                "resume with the same, or start a new sweep."
+                f"The sweep in {out} was started with another {what}; resume with the same, or start a new sweep."
             )
     return started

@@ -98,6 +98,11 @@ class Manifest(_Record):
     settings: PrepareConfig
     files: dict[str, FileRecord]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it, so of the whole store: the same text in other domains is another store."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Family:
@@ -389,8 +394,7 @@ def _copied(place: Place, manifest: Manifest) -> Path:
 
     Copies are told apart by their manifests, digests and all, so a store that was replaced is another one.
     """
-    text = manifest.model_dump_json()
-    folder = home() / "stores" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = home() / "stores" / manifest.digest[:16]
     with held(folder, "a copy", wait=True):
         try:
             _verify(folder, manifest)

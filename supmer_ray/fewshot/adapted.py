@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from supmer_ray.config import AdaptConfig, build
-from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.errors import UserError, require_new_folder, require_path
 from supmer_ray.fewshot.adapt import Progress, score
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
@@ -142,6 +142,7 @@ def predict(
         UserError: the output exists, the input lacks a field or has no rows, the folder is damaged or
             belongs to another backbone. Nothing is written then.
     """
+    require_path(output_file)
     require_ending(output_file)
     if output_file.exists() and not overwrite:
         raise UserError(f"The output {output_file} exists; choose another name, or add --overwrite to replace it.")
@@ -156,15 +157,17 @@ def predict(
     require_backbone(adapted, backbone)
     limit = input_limit(backbone, len(adapted.prompt), record.config.max_length)
     encoder = TaskEncoder(backbone, record.definition, max_length=limit, pattern=record.pattern)
+    inputs, offered = encoder.inputs(frame), encoder.offered(frame)
+    each = len(inputs) // len(frame)
     [scores] = score(
         backbone,
         adapted.prompt[None].to(backbone.device),
-        [encoder.inputs(frame)],
+        [inputs],
         [encoder.verbalizer_ids],
         token_budget=token_budget,
-        progress=progress,
+        progress=progress and (lambda name, done, total: progress(name, done // each, total // each)),
     )
-    probabilities, labels = label_probabilities(scores, encoder.candidates), record.definition.labels
+    probabilities, labels = label_probabilities(scores, offered), record.definition.labels
     frame[PREDICTED] = [labels[number] for number in probabilities.argmax(axis=1)]
     frame[PROBABILITY] = probabilities.max(axis=1).round(6)
     write_table(frame, output_file)

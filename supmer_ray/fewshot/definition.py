@@ -11,9 +11,11 @@ pair ("does this one follow?"), which a small language model can answer where it
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -139,9 +141,8 @@ class TaskDefinition(_Section):
     @field_validator("fields")
     @classmethod
     def _fields_are_columns(cls, fields: tuple[str, ...]) -> tuple[str, ...]:
-        for name, what in ((MASK, "the answer's place"), (CANDIDATE, "one candidate after the other")):
-            if name in fields:
-                raise ValueError(f"'{name}' stands for {what} in a pattern; rename that column")
+        if MASK in fields:
+            raise ValueError(f"'{MASK}' stands for the answer's place in a pattern; rename that column")
         if len(set(fields)) < len(fields):
             raise ValueError("a field is listed twice")
         return fields
@@ -151,9 +152,11 @@ class TaskDefinition(_Section):
     def _candidates_are_columns(cls, candidates: Any, info: Any) -> Any:
         if not isinstance(candidates, dict) or not candidates:
             return candidates
-        own = {str(label): str(column) for label, column in candidates.items()}
+        own = _as_text(candidates)
         if len(own) < 2:
             raise ValueError("one candidate leaves no choice; name at least two")
+        if CANDIDATE in info.data.get("fields", ()):
+            raise ValueError(f"'{CANDIDATE}' stands for one candidate after the other in a pattern; rename that column")
         columns = [*info.data.get("fields", ()), *own.values()]
         if len(set(columns)) < len(columns):
             raise ValueError("a column is named twice among fields and candidates")
@@ -183,17 +186,12 @@ class TaskDefinition(_Section):
     def _words_are_text(cls, verbalizers: Any) -> Any:
         if not isinstance(verbalizers, dict):
             return verbalizers
-        for label, word in verbalizers.items():
-            for value in (label, word):
-                # YAML turns a bare yes, no, true, false or null into something whose spelling is lost.
-                if value is None or isinstance(value, bool):
-                    raise ValueError(f"'{label}: {word}' holds a word that YAML reads as {value}; put it in quotes")
-            if not str(word).strip():
-                raise ValueError(f"label '{label}' has an empty word; write one")
-        return {str(label): str(word).strip() for label, word in verbalizers.items()}
+        return _as_text(verbalizers)
 
     @model_validator(mode="after")
-    def _words_fit_candidates(self) -> TaskDefinition:
+    def _columns_and_words_fit(self) -> TaskDefinition:
+        if self.label in self.texts:
+            raise ValueError(f"the label's column '{self.label}' is one of the texts as well; the answer would be read")
         if self.candidates and set(self.verbalizers) != {WRONG, RIGHT}:
             raise ValueError(
                 f"with candidates, verbalizers are the words for '{WRONG}' and '{RIGHT}', not for "
@@ -259,7 +257,7 @@ class TaskDefinition(_Section):
         if missing.any():
             row = int(missing.to_numpy().argmax()) + 1
             raise UserError(f"Row {row} of {where} has no '{self.label}'; give it a label or leave the row out.")
-        texts = field_texts(frame, self.texts)
+        texts = field_texts(frame, self.texts, where)
         texts[self.label] = frame[self.label].map(str)
         unknown = ~texts[self.label].isin(self.labels)
         if unknown.any():
@@ -274,12 +272,48 @@ class TaskDefinition(_Section):
                 f"Row {row + 1} of {where} has the label '{label}', which has no {what} in task '{self.name}'; "
                 f"add a line '{label}: {line} (it has: {', '.join(self.labels)})."
             )
+        for label, column in self.candidates.items():
+            empty = (texts[self.label] == label) & ~texts[column].str.strip().astype(bool)
+            if empty.any():
+                row = int(empty.to_numpy().argmax()) + 1
+                raise UserError(
+                    f"Row {row} of {where} has the label '{label}', but its candidate '{column}' is empty; mend it."
+                )
         return texts
 
 
-def field_texts(frame: pd.DataFrame, fields: tuple[str, ...]) -> pd.DataFrame:
-    """The text columns as text; a missing cell is an empty text."""
+def field_texts(frame: pd.DataFrame, fields: tuple[str, ...], where: str = "the input") -> pd.DataFrame:
+    """The text columns as text; a missing cell is an empty text.
+
+    Raises:
+        UserError: a cell of `frame`, which was read from `where`, holds a list or an object.
+    """
+    for field in fields:
+        for row, cell in enumerate(frame[field], 1):
+            if isinstance(cell, list | tuple | dict | np.ndarray):
+                raise UserError(
+                    f"Row {row} of {where} holds more than one text as '{field}'; give each its own column."
+                )
     return pd.DataFrame({field: ["" if pd.isna(cell) else str(cell) for cell in frame[field]] for field in fields})
+
+
+def _as_text(words: Mapping[Any, Any]) -> dict[str, str]:
+    """A mapping as YAML has it, from labels to words or columns, with both sides as text.
+
+    Raises:
+        ValueError: something is empty, or no longer what was written.
+    """
+    for label, word in words.items():
+        for value in (label, word):
+            # YAML turns a bare yes, no, true, false or null into something whose spelling is lost.
+            if value is None or isinstance(value, bool):
+                raise ValueError(f"'{label}: {word}' holds a word that YAML reads as {value}; put it in quotes")
+        if not str(word).strip():
+            raise ValueError(f"label '{label}' has an empty word; write one")
+    result = {str(label): str(word).strip() for label, word in words.items()}
+    if len(result) < len(words):
+        raise ValueError("a label is written twice, as a number and as a text; keep one of the two")
+    return result
 
 
 def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:

@@ -36,45 +36,49 @@ class Split:
     """Encoded rows and their right answers.
 
     Attributes:
-        examples: n · candidates encoder inputs with the decoder's targets (sentinel, word, closing); those of a row
-            stand together.
+        examples: encoder inputs with the decoder's targets (sentinel, word, closing): one a row, or with candidates
+            one for each label, those of a row together.
         answers: (n,) number of each row's label, in the definition's order.
-        candidates: encoder inputs that ask about one row: 1, or one for each label.
+        offered: with candidates (n, labels), whether a row has the one that stands for the label; otherwise None.
     """
 
     examples: Examples
     answers: np.ndarray
-    candidates: int = 1
+    offered: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.answers)
 
     def examples_of(self, rows: np.ndarray) -> np.ndarray:
-        """Numbers of the examples that ask about these rows: (m,) → (m · candidates,)."""
-        return (rows[:, None] * self.candidates + np.arange(self.candidates)).ravel()
+        """Numbers of the examples that ask about these rows, candidates that a row has not left out."""
+        if self.offered is None:
+            return rows
+        labels = self.offered.shape[1]
+        return (rows[:, None] * labels + np.arange(labels))[self.offered[rows]]
 
     def label_probabilities(self, scores: np.ndarray) -> np.ndarray:
-        """Probabilities of words (n · candidates, words) → of labels (n, labels); see the function of that name."""
-        return label_probabilities(scores, self.candidates)
+        """Probabilities of the words of each example → of the labels (n, labels); see the function of that name."""
+        return label_probabilities(scores, self.offered)
 
 
-def label_probabilities(scores: np.ndarray, candidates: int) -> np.ndarray:
+def label_probabilities(scores: np.ndarray, offered: np.ndarray | None) -> np.ndarray:
     """What the words of each example say about the labels of each row.
 
     Asked at once, a word's probability is its label's. Asked candidate by candidate, each has odds of being right,
     and exactly one is: p(label) ∝ p(right | its candidate) / p(wrong | its candidate).
 
     Args:
-        scores: (n · candidates, words) probabilities; with several candidates the words are (wrong, right).
+        scores: (examples, words) probabilities; with candidates the words are (wrong, right).
+        offered: as in `Split`.
 
     Returns:
-        (n, labels) probabilities.
+        (n, labels) probabilities, 0 where a row has no such candidate.
     """
-    if candidates == 1:
+    if offered is None:
         return scores
     logs = np.log(np.maximum(scores, np.finfo(scores.dtype).tiny))
-    odds = (logs[:, 1] - logs[:, 0]).reshape(-1, candidates)
-    return scipy.special.softmax(odds, axis=1)
+    odds = (logs[:, 1] - logs[:, 0]).reshape(offered.shape)
+    return scipy.special.softmax(np.where(offered, odds, -np.inf), axis=1)
 
 
 def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
@@ -99,7 +103,6 @@ class TaskEncoder:
 
     Attributes:
         verbalizer_ids: (words,) first token of each label's word, or of (wrong, right), what scoring looks at.
-        candidates: examples that ask about one row.
 
     Raises:
         UserError: two words begin with the same token, a word is unknown to the tokenizer, or the
@@ -109,7 +112,6 @@ class TaskEncoder:
     def __init__(self, backbone: Backbone, definition: TaskDefinition, *, max_length: int, pattern: int = 0) -> None:
         self.backbone = backbone
         self.definition = definition
-        self.candidates = max(1, len(definition.candidates))
         special = {*backbone.tokenizer.all_special_ids, backbone.sentinel, backbone.closing}
         self._special = special - {backbone.tokenizer.unk_token_id}
         self._parts = self._pattern_tokens(definition.patterns[pattern])
@@ -132,12 +134,29 @@ class TaskEncoder:
         """The rows' encoder inputs with the targets of their labels."""
         numbers = {label: number for number, label in enumerate(self.definition.labels)}
         answers = frame[self.definition.label].map(numbers).to_numpy(np.int64)
-        asked = answers
-        if self.candidates > 1:
-            asked = (np.arange(self.candidates) == answers[:, None]).astype(np.int64).ravel()
-        targets = self._targets[asked].tolist()
+        offered, words = self.offered(frame), answers
+        if offered is not None:
+            words = (np.arange(len(numbers)) == answers[:, None]).astype(np.int64).ravel()
+        targets = self._targets[words].tolist()
         examples = Examples.of(self._input_ids(frame), targets, choices=self.verbalizer_ids)
-        return Split(examples, answers, self.candidates)
+        return Split(examples, answers, offered)
+
+    def offered(self, frame: pd.DataFrame) -> np.ndarray | None:
+        """With candidates (n, labels), whether each row has the one that stands for the label; otherwise None.
+
+        Raises:
+            UserError: a row has none at all.
+        """
+        if not self.definition.candidates:
+            return None
+        texts = field_texts(frame, tuple(self.definition.candidates.values()))
+        offered = np.stack([texts[column].str.strip().astype(bool) for column in texts], axis=1)
+        none = ~offered.any(axis=1)
+        if none.any():
+            raise UserError(
+                f"Row {int(none.argmax()) + 1} has no candidate ({', '.join(texts)} are empty); mend or leave it out."
+            )
+        return offered
 
     def _pattern_tokens(self, pattern: str) -> list[tuple[bool, list[int], str | None]]:
         """The pattern as (whether a space stands before the name, tokens of the text, name)."""

@@ -175,6 +175,12 @@ def require_same_labels(source: TaskDefinition, target: TaskDefinition) -> None:
             f"Task '{target.name}' has the labels {', '.join(target.labels)}, but '{source.name}', which is adapted "
             f"on, has {', '.join(source.labels)}; test on a task with the same labels in the same order."
         )
+    if bool(source.candidates) != bool(target.candidates):
+        ways = {True: "candidate by candidate", False: "at once"}
+        raise UserError(
+            f"Task '{target.name}' is asked {ways[bool(target.candidates)]}, but '{source.name}', which is adapted on, "
+            f"{ways[bool(source.candidates)]}; test on a task that is asked in the same way."
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,14 @@ class SuiteEntry(_Section):
     test: tuple[str, ...] = ()
     max_shots: int | None = Field(None, ge=1)
 
+    @field_validator("test")
+    @classmethod
+    def _each_once(cls, test: tuple[str, ...]) -> tuple[str, ...]:
+        for name in test:
+            if test.count(name) > 1:
+                raise ValueError(f"'{name}' is listed twice")
+        return test
+
     @property
     def targets(self) -> tuple[str, ...]:
         return self.test or (self.train,)

@@ -42,6 +42,8 @@ def read_table(file: Path) -> pd.DataFrame:
     try:
         if ending == ".csv":
             frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much for row names
+                raise UserError(f"{file} has rows with more cells than its header; put a text with commas in quotes.")
         elif ending == ".jsonl":
             frame = _read_jsonl(file)
         else:
@@ -121,12 +123,23 @@ def require_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -
 
 
 def write_table(frame: pd.DataFrame, file: Path) -> None:
-    """Write `frame` as `file` in one piece: a reader sees the old file or the whole new one."""
+    """Write `frame` as `file` in one piece: a reader sees the old file or the whole new one.
+
+    Raises:
+        UserError: a column of mixed kinds has no place in Parquet.
+    """
     ending = require_ending(file)
     with whole_file(file) as partial:
         if ending == ".csv":
             frame.to_csv(partial, index=False)
         elif ending == ".jsonl":
-            frame.to_json(partial, orient="records", lines=True, force_ascii=False, date_format="iso")
+            # Fifteen digits, the most that pandas writes.
+            layout = {"orient": "records", "lines": True, "date_format": "iso", "double_precision": 15}
+            frame.to_json(partial, force_ascii=False, **layout)
         else:
-            frame.to_parquet(partial, index=False)
+            try:
+                frame.to_parquet(partial, index=False)
+            except pyarrow.ArrowException as error:
+                raise UserError(
+                    f"Cannot write {file} ({first_line(error)}); write a file that ends in .jsonl or .csv instead."
+                ) from None

@@ -46,10 +46,12 @@ class Objective:
     Attributes:
         config: what to make best.
         definition: the few-shot task, where the objective is its dev accuracy.
+        task: all that makes the task another one, as JSON.
     """
 
     config: ObjectiveConfig
     definition: TaskDefinition | None = None
+    task: dict[str, Any] | None = None
     _splits: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -100,11 +102,12 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     if config.task is None:
         return Objective(config)
     from supmer_ray.fewshot.definition import load_definition
+    from supmer_ray.fewshot.evaluate import TaskRows
     from supmer_ray.fewshot.sampling import draw
 
-    definition = load_definition(config.task)
-    draw(definition, definition.read(), config.adapt.shots, 0)
-    return Objective(config, definition)
+    rows = TaskRows.of(load_definition(config.task))
+    draw(rows.definition, rows.frames, config.adapt.shots, 0)
+    return Objective(config, rows.definition, rows.description())
 
 
 def validation_types(config: SweepConfig, store: Store) -> tuple[str, ...]:

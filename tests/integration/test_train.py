@@ -78,6 +78,13 @@ def test_a_stopped_run_resumes_bit_for_bit_even_from_damaged_snapshots(undisturb
     assert_same_weights(result.checkpoint, undisturbed.checkpoint)
 
 
+def test_a_run_is_not_resumed_on_a_store_that_was_made_anew(undisturbed, tiny_store, tmp_path):
+    started = json.loads((undisturbed.out.local / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(started | {"store_digest": "0" * 64}))
+    with pytest.raises(UserError, match=r"was made anew since the run in .* was started; start a new run"):
+        train(load_run_config(None, SETTINGS), tiny_store, tmp_path, resume=True)
+
+
 def test_two_workers_learn_what_one_learns(undisturbed, tiny_store, tmp_path):
     config = load_run_config(None, [*SETTINGS, "workers.count=2", "workers.cpus=0.5"])
     result = train(config, tiny_store, tmp_path / "two")

@@ -18,7 +18,7 @@ import yaml
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, build, load_run_config, load_sweep_config
-from supmer_ray.data.store import Store
+from supmer_ray.data.store import Store, read_manifest
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import load_definition
 from supmer_ray.files import Place
@@ -28,7 +28,7 @@ from supmer_ray.model.backbone import load_backbone
 from supmer_ray.sweep.trial import RUNS, Objective
 from supmer_ray.sweep.watch import Watch
 from supmer_ray.train import train
-from supmer_ray.tune import tune
+from supmer_ray.tune import SWEEP_FILE, tune
 
 SMOKE = Path(__file__).parents[2] / "tune_configs" / "smoke.yaml"
 BASE = {
@@ -125,6 +125,17 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tiny_store, tmp_p
     with pytest.raises(UserError, match="holds no sweep to resume"):
         tune(sweep(samples=1), tiny_store, out, resume=True)
     assert not out.exists()
+    config, digest = sweep(samples=1), read_manifest(tiny_store).digest
+    started = {
+        "store": {"place": str(tiny_store), "digest": digest},
+        "task": None,
+        "sweep": config.model_dump(mode="json", by_alias=True),
+    }
+    for key, other, what in (("store", digest, "store"), ("task", {"labels": ["a", "b"]}, "few-shot task")):
+        out.mkdir(exist_ok=True)
+        (out / SWEEP_FILE).write_text(json.dumps(started | {key: other}))
+        with pytest.raises(UserError, match=f"was started with another {what}; resume with the same"):
+            tune(config, tiny_store, out, resume=True)
 
 
 @pytest.mark.slow

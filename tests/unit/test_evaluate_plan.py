@@ -11,7 +11,7 @@ from supmer_ray.errors import UserError
 from supmer_ray.evaluate import DESCRIPTION, Plan, _note, _read_tasks, _require_same, evaluate
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.suite import Curve, Suite
-from supmer_ray.files import Place
+from supmer_ray.files import Place, require_new_place
 
 
 def make_plan(*tasks, methods=("zero-shot",), curve=None, **changes):
@@ -81,6 +81,17 @@ def test_a_task_that_changed_is_not_resumed(own_task, tmp_path, changes):
     own_task(**changes)
     with pytest.raises(UserError, match=r"was started with another 'tasks'"):
         evaluate(plan, tmp_path, resume=True)
+
+
+def test_what_says_nothing_or_contradicts_itself_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no method; name at least one"):
+        make_plan(methods=())
+    with pytest.raises(ValueError, match="'bbc-topic' is listed twice"):
+        make_plan({"train": "bbc-topic", "test": ["bbc-topic", "bbc-topic"]})
+    with pytest.raises(UserError, match="--resume goes on with what the output holds and --overwrite deletes it"):
+        evaluate(make_plan(), tmp_path, resume=True, overwrite=True)
+    with pytest.raises(UserError, match="--resume goes on"):
+        require_new_place(Place("s3://bucket/runs/first"), resume=True, overwrite=True)
 
 
 def test_overwriting_spares_the_inputs(tmp_path):

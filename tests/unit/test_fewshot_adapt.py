@@ -331,6 +331,31 @@ def test_predict_refuses_bad_input_and_writes_nothing(adapted, tmp_path):
     assert not target.exists()
 
 
+def test_predict_asks_for_each_candidate_and_counts_rows(adapted, tmp_path):
+    """What another prompt learned will do: here only labels, counts and what is left out matter."""
+    record = json.loads((adapted / "adapted.json").read_text())
+    record["definition"] = CHOICE.model_dump(mode="json")
+    folder = tmp_path / "choice"
+    folder.mkdir()
+    (folder / "adapted.json").write_text(json.dumps(record))
+    (folder / "prompt.safetensors").write_bytes((adapted / "prompt.safetensors").read_bytes())
+    source, target = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows = [{"noun": "film", "a": "fine", "b": "dull", "x": 1e-12}, {"noun": "road", "a": None, "b": "warm", "x": "1"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = []
+    predict(folder, source, target, progress=lambda _, done, total: counts.append((done, total)))
+    assert counts[-1] == (2, 2)
+    written = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [{key: row[key] for key in rows[0]} for row in written] == rows
+    assert written[0]["predicted_label"] in ("A", "B") and 0.5 <= written[0]["probability"] <= 1
+    assert (written[1]["predicted_label"], written[1]["probability"]) == ("B", 1.0)
+    with pytest.raises(UserError, match=r"Cannot write .*out.parquet .*; write a file that ends in .jsonl or .csv"):
+        predict(folder, source, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+    with pytest.raises(UserError, match=r"A s3://… address was given where a path is needed"):
+        predict(folder, source, Path("s3://bucket/out.jsonl"))
+
+
 def test_another_backbone_or_damage_is_refused(adapted, folder, tmp_path):
     source = tmp_path / "rows.csv"
     source.write_text("text\nfine film\n")

@@ -99,8 +99,11 @@ def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk, monkeypatch
         ({"patterns": ["{title} is} {mask} ."]}, "braces .* do not pair up"),
         ({"patterns": ["{title!r} is {mask} ."]}, "more or less than a name in braces"),
         ({"fields": ["title", "mask"]}, "'mask' stands for"),
-        ({"fields": ["title", "candidate"]}, "'candidate' stands for one candidate after the other"),
+        ({"label": "body"}, "label's column 'body' is one of the texts as well"),
         ({"candidates": {"good": "body"}}, "one candidate leaves no choice"),
+        ({"candidates": {True: "x", False: "y"}}, "YAML reads as False; put it in quotes"),
+        ({"candidates": {1: "x", "1": "y", 2: "z"}}, "written twice, as a number and as a text"),
+        ({"fields": ["candidate"], "candidates": {"a": "x", "b": "y"}}, "'candidate' stands for one candidate"),
         ({"candidates": {"good": "body", "bad": "third"}}, "'body|named twice among fields and candidates"),
         ({"fields": ["title"], "candidates": {"good": "x", "bad": "y"}}, r"names \{body\}, which is no field"),
         (
@@ -149,6 +152,11 @@ def test_candidates_are_columns_and_their_labels_the_task_s(tmp_path):
     pd.DataFrame([row | {"kind": "third"}]).to_csv(tmp_path / "choices.csv", index=False)
     with pytest.raises(UserError, match=r"label 'third', which has no candidate .* 'third: COLUMN' under candidates"):
         definition.read()
+    pd.DataFrame([row | {"b": " "}]).to_csv(tmp_path / "choices.csv", index=False)
+    with pytest.raises(
+        UserError, match=r"Row 1 of .*choices.csv has the label 'second', but its candidate 'b' is empty"
+    ):
+        definition.read()
     pd.DataFrame([row]).drop(columns="b").to_csv(tmp_path / "choices.csv", index=False)
     with pytest.raises(UserError, match=r"choices.csv has no column 'b'"):
         definition.read()
@@ -167,6 +175,13 @@ def test_names_a_missing_label_column_and_file(tmp_path):
         definition.read()
 
 
+def test_a_cell_with_several_texts_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"title": "a", "body": ["b", "c"], "kind": "good"}\n')
+    definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}))
+    with pytest.raises(UserError, match=r"Row 1 of .*rows.jsonl holds more than one text as 'body'"):
+        definition.read()
+
+
 def test_names_the_row_without_a_label(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"title": "a", "body": "b", "kind": "good"}\n{"title": "c", "body": "d"}\n')
     definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}))
@@ -182,6 +197,7 @@ def test_names_the_row_without_a_label(tmp_path):
         ("rows.jsonl", "[1]\n", r"Line 1 of .*rows.jsonl is a JSON list"),
         ("rows.parquet", "title,body\n", r"Cannot read .*rows.parquet as parquet"),
         ("rows.csv", "", r"Cannot read .*rows.csv as csv"),
+        ("rows.csv", "title,body\nrain, again,wet\n", r"rows.csv has rows with more cells than its header"),
     ],
 )
 def test_refuses_a_damaged_file(tmp_path, name, text, message):

@@ -140,7 +140,7 @@ def test_a_choice_asked_candidate_by_candidate_is_one_example_each(backbone):
         columns=["a", "one", "two", "three", "label"],
     )
     split = encoder.split(frame)
-    assert (len(split), len(split.examples), split.candidates) == (2, 6, 3)
+    assert (len(split), len(split.examples)) == (2, 6)
     assert split.answers.tolist() == [1, 0]
     no, yes = (tokens[0] for tokens in backbone.tokenize(["no", "yes"]))
     assert encoder.verbalizer_ids.tolist() == [no, yes]  # wrong before right, however the YAML has them
@@ -155,5 +155,27 @@ def test_a_choice_asked_candidate_by_candidate_is_one_example_each(backbone):
 def test_labels_of_a_choice_share_what_their_candidates_odds_say():
     scores = np.array([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1], [1.0, 0.0]])
     odds = np.array([[1, 3], [1 / 9, 0]])
-    np.testing.assert_allclose(label_probabilities(scores, 2), odds / odds.sum(axis=1, keepdims=True), atol=1e-12)
-    assert label_probabilities(scores, 1) is scores
+    np.testing.assert_allclose(
+        label_probabilities(scores, np.ones((2, 2), bool)), odds / odds.sum(axis=1, keepdims=True), atol=1e-12
+    )
+    np.testing.assert_allclose(
+        label_probabilities(scores, np.array([[True, False], [True, True]])), [[1, 0], [1, 0]], atol=1e-12
+    )
+    assert label_probabilities(scores, None) is scores
+
+
+def test_a_candidate_that_a_row_lacks_is_neither_trained_on_nor_predicted(backbone):
+    choice = definition(
+        "{a} ? {mask} , {candidate}",
+        fields=["a"],
+        candidates={"x": "one", "y": "two", "z": "three"},
+        verbalizers={"wrong": "no", "right": "yes"},
+    )
+    rows = [["film", "rain", None, "sunny", "z"], ["rain", "places", "great", " ", "x"], ["rain", "", "", None, "x"]]
+    frame = pd.DataFrame(rows, columns=["a", "one", "two", "three", "label"])
+    encoder = TaskEncoder(backbone, choice, max_length=50)
+    split = encoder.split(frame[:2])
+    assert split.offered.tolist() == [[True, False, True], [True, True, False]]
+    assert split.examples_of(np.array([1, 0])).tolist() == [3, 4, 0, 2]
+    with pytest.raises(UserError, match=r"Row 3 has no candidate \(one, two, three are empty\)"):
+        encoder.split(frame)

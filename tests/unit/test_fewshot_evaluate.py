@@ -216,6 +216,15 @@ def test_every_suite_names_tasks_that_go_together(name):
         assert len(suite.tasks) == 13
 
 
+def test_what_is_asked_in_another_way_is_no_target():
+    letters, pairs = load_definition("next-paragraph-letters"), load_definition("next-paragraph")
+    for source, target in ((letters, pairs), (pairs, letters)):
+        with pytest.raises(
+            UserError, match=r"is asked (candidate by candidate|at once), but 'next-paragraph.*same way"
+        ):
+            require_same_labels(source, target)
+
+
 def test_every_curve_names_a_setting():
     for name in builtin.names("curves"):
         curve = load_curve(name)

@@ -117,7 +117,9 @@ def test_one_padded_group_is_every_example_alone():
         assert_close(together[16 * number : 16 * (number + 1)], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch compiles for a CPU with a C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch compiles for a CPU with a C++ compiler"
+)
 def test_a_compiled_norm_is_the_same_norm():
     x, weight = torch.randn(37, D), torch.rand(D)
     found = []
