@@ -96,15 +96,13 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
-    run_config = load_run_config(config, set_ or ())
     require_new_place(Place.of(out), overwrite=overwrite, resume=resume, can_resume=True)
     from supmer_ray.console import stage
     from supmer_ray.data.store import read_manifest
     from supmer_ray.train import train as run
 
-    if read_manifest(store).backbone.name == "embedded":
-        run_config = load_run_config(config, set_ or (), read_yaml(embedded.SETTINGS)["run"])
-
+    own = read_yaml(embedded.SETTINGS)["run"] if read_manifest(store).backbone.name == "embedded" else None
+    run_config = load_run_config(config, set_ or (), own)
     with stage("Meta-training", "steps") as line:
         progress = line.train_row(run_config.meta.steps)
         result = run(run_config, store, out, resume=resume, overwrite=overwrite, progress=progress)

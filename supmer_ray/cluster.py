@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from supmer_ray.config import WorkersConfig
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
 
 KNOCK_SECONDS = 20.0
 """How long a cluster may take to accept a connection."""
@@ -74,6 +74,13 @@ def connect() -> Resources:
             raise UserError(
                 f"The Ray cluster at RAY_ADDRESS={address} does not answer ({error}); start it, or unset RAY_ADDRESS."
             ) from None
+        except (ValueError, RuntimeError) as error:
+            if "RAY_ADDRESS" not in os.environ:
+                raise
+            raise UserError(
+                f"RAY_ADDRESS={address} names no cluster that a driver can join ({first_line(error)}); write HOST:PORT "
+                "of its head, or unset it (the address of its dashboard is for 'ray job submit' alone)."
+            ) from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -108,7 +115,7 @@ def needed_cpus(workers: WorkersConfig) -> float:
     return workers.count * (workers.cpus + workers.builders * BUILDER_CPUS)
 
 
-def take_turn(workers: WorkersConfig, tell: Callable[[str], None]) -> Callable[[], None]:
+def take_turn(workers: WorkersConfig, tell: Callable[[str], None], *, gpu: bool = False) -> Callable[[], None]:
     """Wait until a run is the only one that starts, and what it needs of the cluster is free.
 
     Ray Train reserves a run's workers, and its builders take what is left: two runs that start at once could each
@@ -116,6 +123,7 @@ def take_turn(workers: WorkersConfig, tell: Callable[[str], None]) -> Callable[[
 
     Args:
         tell: told once what the run waits for.
+        gpu: each worker takes a GPU.
 
     Returns:
         What to call when the run has all that it needs; a driver that dies gives its turn back too.
@@ -125,7 +133,8 @@ def take_turn(workers: WorkersConfig, tell: Callable[[str], None]) -> Callable[[
     class Turn:
         """An actor of which there can be one, for as long as its driver lives."""
 
-    need, began = needed_cpus(workers), time.monotonic()
+    need = {"CPU": needed_cpus(workers)} | ({"GPU": float(workers.count)} if gpu else {})
+    began = time.monotonic()
     name, namespace = TURN
     turn: Any = None
     busy, told = began - RESTART_SECONDS, False
@@ -135,12 +144,14 @@ def take_turn(workers: WorkersConfig, tell: Callable[[str], None]) -> Callable[[
             with suppress(ValueError):  # there is one already
                 turn = ray.remote(Turn).options(num_cpus=0, name=name, namespace=namespace).remote()
         if turn is not None:
-            free = ray.available_resources().get("CPU", 0.0)
-            if free >= need and now - busy >= RESTART_SECONDS:
+            available = ray.available_resources()
+            short = [what for what, count in need.items() if available.get(what, 0.0) < count]
+            if not short and now - busy >= RESTART_SECONDS:
                 return lambda: ray.kill(turn)
-            if free < need:
+            if short:
                 busy = now
-            reason = f"{need:g} CPUs; {free:g} of the cluster's are free"
+            what = (short or list(need))[0]
+            reason = f"{need[what]:g} {what}s; {available.get(what, 0.0):g} of the cluster's are free"
         if not told and now - began > SETTLE_SECONDS:
             tell(f"The run waits for {reason}.")
             told = True

@@ -9,7 +9,8 @@ Defaults are the reference's values (SUPMER, appendix A) unless a comment says o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
 
@@ -79,8 +80,8 @@ class TasksConfig(_Section):
         for name, weight in self.mixture.items():
             if name not in TASK_TYPES:
                 raise ValueError(f"unknown task type '{name}'; {nearest(name, TASK_TYPES)}")
-            if weight < 0:
-                raise ValueError(f"the weight of '{name}' is {weight}; weights are 0 or more")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight of '{name}' is {weight}; weights are 0 or more, and finite")
         if sum(self.mixture.values()) <= 0:
             raise ValueError("every weight is 0; give at least one task type a positive weight")
         return self
@@ -334,6 +335,10 @@ class SweepConfig(_Section):
                     )
             if self.base.meta.learn_inner_rates and "meta.inner_rate" in self.space:
                 raise ValueError("meta.learn_inner_rates learns what pbt would set by meta.inner_rate; switch one off")
+            if self.base.workers.count > 1:
+                raise ValueError(
+                    "pbt hands snapshots between trials that are one worker each; set base.workers.count: 1"
+                )
             if self.samples < 2:
                 raise ValueError("pbt needs a population of at least two; write samples: 4")
             if self.concurrency is not None and self.concurrency < self.samples:
@@ -446,11 +451,11 @@ def build(schema: type[Section], values: Mapping[str, Any], where: str) -> Secti
         return schema.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        keys = [str(part) for part in first["loc"]]
-        path = ".".join(keys)
         if first["type"] == "extra_forbidden":
-            known = _keys_at(schema, keys[:-1])
+            keys = [str(part) for part in first["loc"]]
+            path, known = ".".join(keys), _keys_at(schema, keys[:-1])
             raise UserError(f"Unknown key '{path}' in {where}; {nearest(keys[-1], known)}") from None
+        path = ".".join(_written(schema, first["loc"]))
         if first["type"] == "missing":
             raise UserError(f"Missing key '{path}' in {where}; write it.") from None
         reason = first["msg"].removeprefix("Value error, ")
@@ -463,15 +468,41 @@ def build(schema: type[Section], values: Mapping[str, Any], where: str) -> Secti
 def _keys_at(schema: type[BaseModel], path: list[str]) -> Iterable[str]:
     keys = iter(path)
     for key in keys:
-        annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
-        if get_origin(annotation) is dict:
-            next(keys, None)  # the user's own name of an entry
-        # "Section | None" is a section that may be left out.
-        sections = [part for part in (annotation, *get_args(annotation)) if _is_section(part)]
-        if not sections:
+        annotation = _annotations(schema).get(key)
+        if get_origin(annotation) in (dict, tuple):
+            next(keys, None)  # the user's own name of an entry, or its number
+        below = _section_in(annotation)
+        if below is None:
             return []
-        schema = sections[0]
-    return schema.model_fields
+        schema = below
+    return _annotations(schema)
+
+
+def _written(schema: type[BaseModel] | None, location: Sequence[int | str]) -> list[str]:
+    """As much of an error's location as a user has written; behind it may stand the kinds that a value may have."""
+    path: list[str] = []
+    own_name = False
+    for part in location:
+        known = _annotations(schema) if schema else {}
+        if not own_name and isinstance(part, str) and part not in known:
+            break
+        path.append(str(part))
+        if own_name or isinstance(part, int):
+            own_name = False
+            continue
+        annotation = known[part]
+        own_name, schema = get_origin(annotation) is dict, _section_in(annotation)
+    return path
+
+
+def _annotations(schema: type[BaseModel]) -> dict[str, Any]:
+    """The keys of a section as a user writes them, each with its type."""
+    return {field.alias or name: field.annotation for name, field in schema.model_fields.items()}
+
+
+def _section_in(annotation: object) -> type[BaseModel] | None:
+    """The section of "Section", "Section | None", "dict[str, Section]" and "tuple[Section, …]"."""
+    return next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
 
 
 def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
@@ -488,7 +519,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror or error}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f" near line {line + 1}" if line is not None else ""
         raise UserError(f"{file} is not valid YAML{place}; check its indentation and quotes.") from None
@@ -514,7 +545,7 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
             result = assign(result, key.strip(), yaml.safe_load(text))
         except KeyError as error:
             raise UserError(f"--set {assignment}: '{error.args[0]}' is a value, not a section.") from None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
             raise UserError(f"--set {assignment}: '{text}' is not a YAML value; put it in quotes.") from None
     return result
 

@@ -82,10 +82,14 @@ def held(folder: Path, who: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
     while True:
-        with lock.open("a") as stream:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stream = lock.open("a")
+        except OSError as error:
+            raise UserError(f"Cannot write into {folder.parent} ({error.strerror}); name another folder.") from None
+        with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(stream.fileno())):

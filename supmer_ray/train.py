@@ -100,8 +100,9 @@ def train(
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
         for left in (REFUSAL_FILE, STOP_FILE):
             place.delete(left)
-        started = take_turn(config.workers, partial(_notice, progress))
-        _fit(RunPlan(config, store, place), resources.has_gpus_for(config.workers), progress, started)
+        gpu = resources.has_gpus_for(config.workers)
+        started = take_turn(config.workers, partial(_notice, progress), gpu=gpu)
+        _fit(RunPlan(config, store, place), gpu, progress, started)
         return _conclude(place)
 
 
@@ -198,7 +199,8 @@ def _conclude(place: Place) -> TrainResult:
     sentence = place.read(REFUSAL_FILE)
     snapshots = snapshots_in(place)
     if sentence is not None:
-        if not snapshots:
+        # What has made steps is kept: its metrics show what went wrong.
+        if not snapshots and '"kind": "step"' not in (place.read(METRICS_FILE) or ""):
             place.parent.delete(place.name)
         raise UserError(sentence)
     if not snapshots:

@@ -116,7 +116,7 @@ def concurrency(config: SweepConfig, resources: Resources, *, gpu: bool = False)
         gpu: each worker takes a GPU.
 
     Raises:
-        UserError: not even one trial fits, fewer than the sweep asks for, or a population not as a whole.
+        UserError: not even one trial fits, or fewer than the sweep asks for.
     """
     workers = config.base.workers
     require_room(resources, workers)
@@ -137,13 +137,6 @@ def concurrency(config: SweepConfig, resources: Resources, *, gpu: bool = False)
         raise UserError(
             f"concurrency is {config.concurrency} but {fitting} of these trials fit the cluster at a time; "
             f"write concurrency: {fitting}, or leave it out."
-        )
-    # A population has to be there as a whole, or there is nobody to exchange with. Trials of one worker that do not fit
-    # take turns; those of several hold what they have until they end.
-    if config.search == "pbt" and workers.count > 1 and fitting < config.samples:
-        raise UserError(
-            f"Population-based training needs its {config.samples} trials at a time, but {fitting} of "
-            f"{workers.count} workers fit the cluster; write samples: {fitting}, or base.workers.count: 1."
         )
     return config.concurrency or fitting
 

@@ -165,13 +165,21 @@ class Embedder:
     """
 
     def __init__(self, shared: Place, backbone: str, gpu: bool) -> None:
+        self.vectors = Vectors(shared)
+        self.name, self.gpu = backbone, gpu
+
+    def load(self) -> None:
+        """Load the model. Not while the actor starts: Ray would hide what is refused behind the actor's death.
+
+        Raises:
+            UserError: this node cannot.
+        """
         import torch
 
         from supmer_ray.model.backbone import load_backbone
 
-        device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
-        self.vectors = Vectors(shared)
-        self.backbone = load_backbone(backbone, device=device, threads=1)
+        device = "cuda" if self.gpu and torch.cuda.is_available() else "cpu"
+        self.backbone = load_backbone(self.name, device=device, threads=1)
         self.budget = TOKENS_PER_BATCH[device]
 
     def embed(self, stretch: Stretch) -> int:

@@ -46,7 +46,7 @@ from supmer_ray.data.store import (
     write_family,
     write_manifest,
 )
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
 from supmer_ray.files import Place, Where, require_new_place, without_keys
 
 WordTokens = tuple[np.ndarray, np.ndarray]
@@ -241,8 +241,15 @@ def _read(batch: Any, pieces: Sequence[Piece], limit: int | None) -> Iterator[An
 
 
 def _cut(documents: Any, backbone: str, longest: int) -> Any:
-    table = cut(documents["text"].to_pylist(), tokenizer_of(backbone), longest)
-    return table.append_column("problem", documents["problem"])
+    try:
+        tokenize = tokenizer_of(backbone)
+    except (OSError, ValueError) as error:
+        problem = (
+            f"A node of the cluster cannot load the tokenizer of '{backbone}' ({first_line(error)}); put it where "
+            "every node sees it."
+        )
+        return cut([""], lambda texts: [[] for _ in texts], longest).append_column("problem", pa.array([problem]))
+    return cut(documents["text"].to_pylist(), tokenize, longest).append_column("problem", documents["problem"])
 
 
 def _item_counts(starts: np.ndarray, domains: int) -> dict[str, int]:
@@ -277,7 +284,7 @@ def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Pro
 
     def start() -> tuple[Any, Any]:
         actor = embedder.remote(shared, config.backbone, "num_gpus" in reserved)
-        return actor.__ray_ready__.remote(), actor
+        return actor.load.remote(), actor
 
     # Stretches are given to actors that stand, and Ray restarts none: where a node leaves, an actor may have no place
     # to start again for as long as the others work, and what was given to it would wait as long.

@@ -185,7 +185,7 @@ def score(
     done = 0
     with torch.no_grad():
         for chosen in micro_batches(pool.lengths[rows], prompts.shape[1], token_budget):
-            batch = pool.collate(backbone, rows[chosen], task[chosen])
+            batch = pool.collate(backbone, rows[chosen], task[chosen], prompts.shape[1])
             logits = answer_logits(backbone, *encode_prompted(backbone, prompts, batch)).double()
             own = logits.gather(1, ids[batch.task]).masked_fill(absent[batch.task], -torch.inf)
             result[chosen] = own.softmax(dim=1).cpu().numpy()
@@ -213,7 +213,7 @@ def run_gradients(
     rows, task = pool.rows(drawn)
     sizes = torch.tensor([len(numbers) for numbers in drawn], device=prompts.device)
     cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget)
-    batches = (pool.collate(backbone, rows[chosen], task[chosen]) for chosen in cuts)
+    batches = (pool.collate(backbone, rows[chosen], task[chosen], prompts.shape[1]) for chosen in cuts)
     return prompt_gradients(backbone, prompts, batches, sizes, answers_only=answers_only)
 
 
@@ -236,9 +236,16 @@ class _Pool:
         rows = np.concatenate([own + first for own, first in zip(numbers, self._first, strict=True)])
         return rows, np.repeat(np.arange(len(numbers)), [len(own) for own in numbers])
 
-    def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray) -> Rows:
+    def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray, prompt_length: int) -> Rows:
         """These rows of the pool as a padded micro-batch, each with its run's prompt."""
-        batch = collate(self._examples, rows, pad=backbone.pad, start=backbone.start, device=backbone.device)
+        batch = collate(
+            self._examples,
+            rows,
+            pad=backbone.pad,
+            start=backbone.start,
+            device=backbone.device,
+            before=prompt_length,
+        )
         return replace(batch, task=to_device(task.astype(np.int64), backbone.device), owners=tuple(task.tolist()))
 
 

@@ -29,10 +29,10 @@ from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, read_sealed
 from supmer_ray.meta.curriculum import draw_mixing, running_similarity
-from supmer_ray.meta.state import MetaState
+from supmer_ray.meta.state import MetaState, step_in
 from supmer_ray.meta.step import MetaGradients, MetaStep
 from supmer_ray.model.backbone import Backbone, load_backbone
-from supmer_ray.tasks.batch import TaskBatch
+from supmer_ray.tasks.batch import TaskBatch, to_device
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
 
@@ -64,7 +64,8 @@ def reduce_sums(
     names = sorted(found.tasks)
     parts = [found.prompt, *found.regularizer, found.inner_rates]
     sums = torch.stack([found.tasks[name].sum() for name in names]).to(found.prompt)
-    extra = torch.tensor([mixing_sum, float(stop), len(found.tasks[names[0]])]).to(found.prompt)
+    counts = np.array([mixing_sum, float(stop), len(found.tasks[names[0]])], np.float32)
+    extra = to_device(counts, found.prompt.device).to(found.prompt.dtype)
     flat = torch.cat([*(part.reshape(-1).to(found.prompt.dtype) for part in parts), sums, extra])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
@@ -295,6 +296,23 @@ def begun_together(device: torch.device) -> Iterator[None]:
         raise RefusedElsewhere
 
 
+def _require_same_step(step: int, device: torch.device) -> None:
+    """Each worker reads the snapshots for itself; where one could not read the newest, all start again.
+
+    Raises:
+        RuntimeError: the workers would go on from different steps. Ray Train then restarts them.
+    """
+    ends = torch.tensor([step, -step], device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    last, first = ends.tolist()
+    if last != -first:
+        raise RuntimeError(
+            f"The workers found snapshots of different steps, {-first} to {last}: not all nodes read the run's folder "
+            "alike."
+        )
+
+
 def _note_group(out: Place) -> None:
     from ray.util.placement_group import get_current_placement_group
 
@@ -333,11 +351,14 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         identity = checkpoint_identity(store)
         state, damaged = restore(host.snapshots(), config, backbone, identity["corpus"])
         schedule, last = config.schedule, config.meta.steps
-        source = ShardSource(plan.store, formats, config.tasks, config.seed, rank, host.workers)
+        source = ShardSource(
+            plan.store, formats, config.tasks, config.seed, rank, host.workers, digest=store.manifest.digest
+        )
         # The builders start while this worker validates.
         shards = ahead(stream_shards(source, range(state.progress.step, last), builders=config.workers.builders))
         learner = Learner(config, backbone, state, rank, host.workers)
         builder = TaskBuilder(store, formats, config.tasks, config.seed)
+    _require_same_step(state.progress.step, host.device)
     types = plan.validation_types or config.tasks.types
     with closing(Record(config, plan.out, state.progress.step, host.workers) if rank == 0 else NoRecord()) as record:
 
@@ -391,12 +412,16 @@ def meta_train(plan: RunPlan, host: Host) -> None:
 
 
 def snapshots_in(run: Place) -> list[Any]:
-    """The snapshots that lie in a run's folder, as Ray `Checkpoint`s, newest first (their names hold their time)."""
+    """The snapshots that lie in a run's folder, as Ray `Checkpoint`s, the furthest first.
+
+    Their names hold the time of a node's clock, which may be set back, so names decide only between equal steps.
+    """
     from ray.train import Checkpoint
 
     filesystem, path = run.filesystem()
-    names = sorted((name for name in run.listed() if name.startswith("checkpoint_")), reverse=True)
-    return [Checkpoint(f"{path}/{name}", filesystem) for name in names if not name.endswith(".json")]
+    names = [name for name in run.listed() if name.startswith("checkpoint_") and not name.endswith(".json")]
+    furthest = sorted(names, key=lambda name: (step_in(run / name), name), reverse=True)
+    return [Checkpoint(f"{path}/{name}", filesystem) for name in furthest]
 
 
 def restore(

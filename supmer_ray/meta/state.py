@@ -24,6 +24,8 @@ from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
 
+PROGRESS = "progress.json"
+
 CHECKPOINT_FORMAT = 1
 
 
@@ -145,7 +147,7 @@ class MetaState:
             for name, value in slots.items()
         }
         save_file({**moments, "log_rates": self.log_rates.detach().cpu()}, folder / "optimizer.safetensors")
-        write_json(folder / "progress.json", vars(self.progress))
+        write_json(folder / PROGRESS, vars(self.progress))
         seal(folder, {"format": CHECKPOINT_FORMAT, **identity, "run": self.config.model_dump(mode="json")})
 
     @staticmethod
@@ -166,7 +168,7 @@ class MetaState:
         tensors = load_file(folder / "optimizer.safetensors", device=str(backbone.device))
         learned = nn.Parameter(tensors.pop("log_rates"))
         log_rates = learned if config.meta.learn_inner_rates else _log_rates(config, backbone.device)
-        progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+        progress = Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
         state = MetaState(config, nn.Parameter(checkpoint.prompt), checkpoint.regularizer, log_rates, progress)
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -200,6 +202,14 @@ class Checkpoint:
     regularizer: nn.Module
     config: RunConfig
     identity: dict[str, Any]
+
+
+def step_in(snapshot: Place) -> int:
+    """The step that a snapshot was made after; −1 where it does not tell."""
+    try:
+        return int(json.loads(snapshot.read(PROGRESS) or "")["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return -1
 
 
 def load_checkpoint(where: Where, backbone: Backbone) -> Checkpoint:

@@ -28,7 +28,7 @@ from supmer_ray.embedded import resolve
 from supmer_ray.errors import UserError, first_line
 from supmer_ray.model.bert import BertForward
 from supmer_ray.model.library import LibraryForward
-from supmer_ray.model.packed import Layout, half_on_cpu
+from supmer_ray.model.packed import ALIGNMENT, Layout, half_on_cpu
 from supmer_ray.model.t5 import T5Forward
 
 transformers_logging.disable_progress_bar()
@@ -80,6 +80,8 @@ class Backbone:
         self.d_model: int = self.embedding.embedding_dim
         encoder_config = getattr(model.config, "encoder", model.config)
         self.max_positions: int | None = getattr(encoder_config, "max_position_embeddings", None)
+        if self.max_positions and self.device.type == "cuda":
+            self.max_positions -= self.max_positions % ALIGNMENT  # inputs are padded to a multiple of it there
         self.start: int = model.config.decoder_start_token_id
         if tokenizer is not None:
             self._read_tokenizer()
@@ -117,8 +119,7 @@ class Backbone:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().reshape(-1)
-            spread = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()
-            sample = flat[spread.clamp_max(flat.numel() - 1)]  # float32 rounds the end of a large tensor up
+            sample = flat[torch.from_numpy(_spread(flat.numel())).to(flat.device)]
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -214,6 +215,20 @@ class Backbone:
         below = min(below, self.embedding.num_embeddings)
         ids = torch.randint(below, (count,), generator=generator)
         return self.embedding.weight[ids.to(self.device)].detach().float().clone()
+
+
+def _spread(size: int, most: int = 256) -> np.ndarray:
+    """Up to `most` numbers from 0 to `size` − 1, evenly.
+
+    They are those of a float32 `torch.linspace` with fused multiply-add, of which fingerprints were made first. Torch
+    gives others on processors that have none, so it is written out: products in float64 are exact, and rounded once.
+    """
+    count, end = min(most, size), np.float64(np.float32(size - 1))
+    if count == 1:
+        return np.zeros(1, np.int64)
+    step, number = np.float64(np.float32(end) / np.float32(count - 1)), np.arange(count, dtype=np.float64)
+    places = np.where(number < count // 2, step * number, end - step * (count - 1 - number)).astype(np.float32)
+    return np.minimum(places.astype(np.int64), size - 1)  # float32 rounds the end of a large tensor up
 
 
 def best_device() -> torch.device:

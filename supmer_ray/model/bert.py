@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from supmer_ray.model.packed import Layout, attention, decoding_modules, pooled_cross_attention, product
+from supmer_ray.model.packed import Layout, attention, decoding_modules, moved, pooled_cross_attention, product
 
 
 class BertForward:
@@ -32,7 +32,7 @@ class BertForward:
 
     def encode(self, embeddings: Tensor, layout: Layout) -> Tensor:
         """Packed (N, d) embeddings → packed (N, d) last hidden states."""
-        places = layout.places.to(embeddings.device)
+        places = moved(layout.places, embeddings.device)
         x = self._embedded(self._encoder.embeddings, embeddings, places)
         for layer in self._encoder.encoder.layer:
             x = self._self_attention(layer.attention, x, layout, None)
@@ -46,7 +46,7 @@ class BertForward:
         embeddings = self._decoder.embeddings
         words = embeddings.word_embeddings(decoder_ids).to(states.dtype).view(count * steps, -1)
         whole = Layout((steps,) * count, (steps,) * count)
-        x = self._embedded(embeddings, words, whole.places.to(words.device))
+        x = self._embedded(embeddings, words, moved(whole.places, words.device))
         causal = torch.full((1, 1, steps, steps), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         for layer in self._decoder.encoder.layer:
             x = self._self_attention(layer.attention, x, whole, causal)

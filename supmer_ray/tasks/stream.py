@@ -38,13 +38,20 @@ MOST_TASKS = 2000
 
 Item = TypeVar("Item")
 
-_open_store = lru_cache(maxsize=1)(Store.open)
-"""A Ray worker process builds task after task from the same memory-mapped store."""
+
+@lru_cache(maxsize=1)
+def _open_store(place: Place, digest: str) -> Store:
+    """A Ray worker process builds task after task from the same memory-mapped store, until it is made anew."""
+    return Store.open(place)
 
 
 @dataclass(frozen=True)
 class ShardSource:
-    """What every builder must know to make the shards of one training worker."""
+    """What every builder must know to make the shards of one training worker.
+
+    Attributes:
+        digest: the store manifest's: what was opened under the same name before may be another store.
+    """
 
     store: Place
     formats: Formats
@@ -52,10 +59,11 @@ class ShardSource:
     seed: int
     rank: int = 0
     workers: int = 1
+    digest: str = ""
 
     def shards(self, steps: range) -> Iterator[pa.Table]:
         """The shards of `steps`, packed, one a table."""
-        builder = TaskBuilder(_open_store(self.store), self.formats, self.config, self.seed)
+        builder = TaskBuilder(_open_store(self.store, self.digest), self.formats, self.config, self.seed)
         for step in steps:
             yield builder.shard(step, self.rank, self.workers).to_arrow()
 

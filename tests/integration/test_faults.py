@@ -90,6 +90,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_a_sentence(undisturbed, t
     bad = with_bad_centroids(tiny_store, tmp_path / "bad", range(12))
     with pytest.raises(UserError, match="3 meta-steps in a row had a gradient that is not finite"):
         train(load_run_config(None, settings), bad, tmp_path / "run")
+    assert len(rows_of(tmp_path / "run" / "metrics.jsonl", "step")) == 2  # what led there can be looked at
 
 
 @pytest.mark.slow

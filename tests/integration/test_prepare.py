@@ -4,12 +4,13 @@ import json
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data import prepare as module
-from supmer_ray.data.embed import Vectors, frame, mean_pooled
+from supmer_ray.data.embed import Embedder, Vectors, frame, mean_pooled
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.sentences import split
 from supmer_ray.data.store import FAMILIES, Store
@@ -156,6 +157,15 @@ def test_a_node_that_does_not_see_the_output_says_so(tmp_path):
     seen = Vectors(Place.of(tmp_path / "shared"))
     seen.write(0, vectors, vectors[:1])
     assert seen.sentences(0).tolist() == vectors.tolist() and seen.pairs(0).shape == (1, 3)
+
+
+def test_a_node_that_does_not_see_the_backbone_says_so(ray_cluster, tmp_path):
+    table = module._cut(pa.table({"text": ["A day."], "problem": pa.nulls(1, pa.string())}), str(tmp_path / "no"), 9)
+    [problem] = table["problem"].to_pylist()
+    assert "A node of the cluster cannot load the tokenizer of" in problem and "every node sees it" in problem
+    embedder = ray.remote(Embedder).remote(Place.of(tmp_path), str(tmp_path / "no"), False)
+    with pytest.raises(UserError, match="no"):
+        module._get(embedder.load.remote())
 
 
 def test_everything_is_given_back(prepared):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from supmer_ray.config import load_run_config
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
-from supmer_ray.meta.loop import RefusedElsewhere, begun_together, make_formats, reduce_sums
+from supmer_ray.meta.loop import RefusedElsewhere, _require_same_step, begun_together, make_formats, reduce_sums
 from supmer_ray.meta.state import MetaState
 from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.backbone import load_backbone
@@ -57,6 +57,11 @@ def beginner(rank, folder, port):
                 raise UserError("There is no store on this node.")
     except (UserError, RefusedElsewhere) as error:
         (folder / str(rank)).write_text(repr(error))
+    _require_same_step(6, torch.device("cpu"))
+    try:
+        _require_same_step(6 - 3 * rank, torch.device("cpu"))
+    except RuntimeError as error:
+        (folder / f"step-{rank}").write_text(str(error))
     torch.distributed.destroy_process_group()
     os._exit(0)
 
@@ -65,6 +70,8 @@ def test_what_one_worker_refuses_ends_all(tmp_path):
     torch.multiprocessing.spawn(beginner, (tmp_path, free_port()), nprocs=2)
     assert (tmp_path / "0").read_text() == "RefusedElsewhere()"
     assert "no store on this node" in (tmp_path / "1").read_text()
+    for rank in (0, 1):
+        assert "found snapshots of different steps, 3 to 6" in (tmp_path / f"step-{rank}").read_text()
 
 
 def free_port():

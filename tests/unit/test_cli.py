@@ -58,8 +58,10 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
 
 def test_configuration_mistakes(tmp_path):
     out = tmp_path / "out"
-    assert "did you mean 'steps'" in refused("train", "--store", tmp_path, "--out", out, "--set", "meta.stpes=1")
-    assert "Cannot read" in refused("train", "--store", tmp_path, "--out", out, "--config", tmp_path / "no.yaml")
+    plain = ("evaluate", "--tasks", "bbc-topic", "--out", out)
+    assert "'run.meta.stpes' in the command line; did you mean 'steps'" in refused(*plain, "--set", "run.meta.stpes=1")
+    assert "Cannot read" in refused(*plain, "--config", tmp_path / "no.yaml")
+    assert "has no manifest.json" in refused("train", "--store", tmp_path, "--out", out)
     assert "domains" in refused("prepare", "--source", "bbc", "--out", out, "--domains", "1")
     assert "shots" in refused("adapt", "--task", "bbc-topic", "--out", out, "--shots", "0")
     assert "steps" in refused("adapt", "--task", "bbc-topic", "--out", out, "--steps", "0")

@@ -32,6 +32,15 @@ with held(Path({str(folder)!r}), "a run"):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_below_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"Cannot write into .*file .*; name another folder"),
+        held(tmp_path / "file" / "a", "a run"),
+    ):
+        pass
+
+
 def test_places_on_paths_and_in_object_stores(tmp_path):
     place = Place(str(tmp_path / "run"))
     assert not place.remote and place.local == tmp_path / "run" and place.name == "run"

@@ -9,8 +9,9 @@ from tiny import make_tiny_t5
 
 from supmer_ray.config import load_run_config
 from supmer_ray.errors import UserError
+from supmer_ray.files import Place
 from supmer_ray.meta.curriculum import beta_scale, draw_mixing, running_similarity
-from supmer_ray.meta.loop import restore
+from supmer_ray.meta.loop import restore, snapshots_in
 from supmer_ray.meta.state import MetaState, load_checkpoint
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import load_backbone
@@ -112,6 +113,19 @@ def test_a_run_goes_on_with_the_text_it_began_with(saved, backbone):
     assert state.progress.step == 0 and not damaged
     with pytest.raises(UserError, match="The store holds another text than when this run was started"):
         restore(snapshots, config, backbone, "d")
+
+
+def test_the_furthest_snapshot_comes_first_whatever_the_clock_said(tmp_path):
+    """At 3 o'clock the clock was set back; and of one nothing can be read."""
+    times = {"02-58-00.000001": 3, "02-10-00.000001": 6, "02-40-00.000001": None, "02-20-00.000001": 6}
+    for time, step in times.items():
+        folder = tmp_path / f"checkpoint_2026-10-25_{time}"
+        folder.mkdir()
+        if step is not None:
+            (folder / "progress.json").write_text(json.dumps({"step": step}))
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
+    names = [snapshot.path.rpartition("_")[2][:5] for snapshot in snapshots_in(Place.of(tmp_path))]
+    assert names == ["02-20", "02-10", "02-58", "02-40"]
 
 
 def test_what_is_no_checkpoint_is_refused(saved, backbone, tmp_path):

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from supmer_ray.tasks.stream import ahead
+from supmer_ray.files import Place
+from supmer_ray.tasks.stream import _open_store, ahead
 
 
 def test_the_first_item_is_made_before_it_is_asked_for():
@@ -17,6 +18,15 @@ def test_the_first_item_is_made_before_it_is_asked_for():
     stream = ahead(items())
     assert begun.wait(10)
     assert list(stream) == [0, 1, 2]
+
+
+def test_a_store_that_was_made_anew_is_opened_anew(monkeypatch):
+    monkeypatch.setattr("supmer_ray.tasks.stream.Store.open", lambda place: object())
+    place = Place("/runs/store")
+    first = _open_store(place, "a")
+    assert _open_store(place, "a") is first
+    assert _open_store(place, "b") is not first
+    _open_store.cache_clear()
 
 
 def test_an_empty_stream_ends():

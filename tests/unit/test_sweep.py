@@ -63,6 +63,10 @@ def test_every_shipped_space_gives_configurations_that_can_run(name):
             {"search": "pbt", "pbt": {"every_steps": 100}, "space": {"prompt.length": {"int": [1, 2]}}},
             r"which 'prompt\.length' cannot bear",
         ),
+        (
+            {"search": "pbt", "pbt": {"every_steps": 100}, "base": {"workers": {"count": 2}}},
+            r"one worker each; set base\.workers\.count: 1",
+        ),
         ({"search": "pbt", "pbt": {"every_steps": 100}, "asha": {"grace_steps": 100}}, r"leave asha out"),
         ({"search": "pbt", "pbt": {"every_steps": 100}, "concurrency": 1}, r"whole population.*leave concurrency out"),
     ],
@@ -138,10 +142,6 @@ def test_as_many_trials_as_fit():
         concurrency(pair, two_cores)
     with pytest.raises(UserError, match=r"A trial needs 1\.5 CPUs .* nodes have 1, 1"):
         concurrency(sweep(), Resources((1, 1)))
-    population = sweep(base={"workers": {"count": 2}}, search="pbt", samples=3, pbt={"every_steps": 100})
-    assert concurrency(population, Resources((8, 8))) >= 3
-    with pytest.raises(UserError, match="needs its 3 trials at a time, but 2 of 2 workers fit"):
-        concurrency(population, Resources((4, 4)))
     with pytest.raises(UserError, match="A worker of 5 CPUs has to lie on one node, and the largest has 4"):
         concurrency(sweep(base={"workers": {"cpus": 5}}), Resources((4, 4)))
 
