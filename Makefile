@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Where the index serves torch with CUDA by default and there is no GPU, name one with the CPU build:
-# make test TORCH_INDEX=URL
+# make test TORCH_INDEX=URL (torch alone is taken from there).
 TORCH_INDEX ?=
-TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX))
 
 .PHONY: quickstart benchmark test test-faults lint clean
 
@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term --durations=25
 
 # Kills, full disks, nodes that leave, long sweeps, and the loggers that are extras: half an hour on two cores.
 test-faults: $(VENV)/installed

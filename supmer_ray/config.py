@@ -51,9 +51,9 @@ class RegularizerConfig(_Section):
 
     enabled: bool = Field(True, description="false: ψ is the identity (the paper's ablation without ψ)")
     rank: int | None = Field(None, ge=1, description="rank of a layer; unset: min(1920, d)")
-    layers: int = Field(2, ge=1, le=8)
+    layers: int = Field(2, ge=1, le=8, description="of ψ, each of low rank")
     gate: bool = Field(True, description="false: z = 0, ψ = ũ (the ablation without gate)")
-    gate_hidden: int = Field(24, ge=1)
+    gate_hidden: int = Field(24, ge=1, description="hidden units of the gate")
 
 
 class TasksConfig(_Section):
@@ -161,9 +161,9 @@ class WorkersConfig(_Section):
 class ScheduleConfig(_Section):
     """What happens between meta-steps, counted in steps."""
 
-    validate_every: int = Field(100, ge=1)
+    validate_every: int = Field(100, ge=1, description="validation before the first, every so many, and the last step")
     validation_tasks: int = Field(4, ge=1, description="fixed validation tasks of each type in the mixture")
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(100, ge=1, description="a snapshot every so many steps, and after the last")
     stop_after_bad_steps: int = Field(
         5, ge=1, description="stop after this many steps in a row with a gradient that is not finite"
     )
@@ -172,13 +172,15 @@ class ScheduleConfig(_Section):
 class MonitoringConfig(_Section):
     """Where a run's figures go, beside its metrics file and the cluster's metrics port."""
 
-    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (), description="where rows go as well; mlflow and wandb are extras of the package"
+    )
 
 
 class RunConfig(_Section):
     """Everything about a meta-training run except its store and its output folder."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the start and of every meta-task")
     prompt: PromptConfig = PromptConfig()
     regularizer: RegularizerConfig = RegularizerConfig()
     tasks: TasksConfig = TasksConfig()
@@ -246,14 +248,14 @@ class AdaptConfig(_Section):
     """Few-shot adaptation: prompt tuning with ψ fixed, the step chosen on the dev split."""
 
     shots: int = Field(16, ge=1, description="K, training examples a class; the dev split has as many")
-    steps: int = Field(200, ge=1)
-    batch: int = Field(16, ge=1)
+    steps: int = Field(200, ge=1, description="steps of AdamW at most; the dev split chooses among them")
+    batch: int = Field(16, ge=1, description="labelled examples a step")
     rate: float = Field(0.1, gt=0, description="AdamW rate of the prompt")
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    clip: float = Field(1.0, gt=0, description="gradient norm to which each prompt is clipped")
     loss: Loss = Field("vocabulary", description="answers: the labels' words are told from each other only")
-    evaluate_every: int = Field(10, ge=1)
-    max_length: int = Field(412, ge=32)
+    evaluate_every: int = Field(10, ge=1, description="steps between evaluations on the dev split")
+    max_length: int = Field(412, ge=32, description="encoder tokens of an example, prompt not counted")
     max_test: int | None = Field(
         None, ge=1, description="score at most this many test examples, the same for all seeds"
     )
@@ -400,16 +402,18 @@ BackboneName = Annotated[str, AfterValidator(whole_name)]
 class PrepareConfig(_Section):
     """How a store is built from text."""
 
-    sources: tuple[str, ...] = Field(min_length=1)
-    backbone: BackboneName = "embedded"
-    domains: int = Field(250, ge=2)
+    sources: tuple[str, ...] = Field(
+        min_length=1, description="folders, files, URIs, hub:NAME@CONFIG, or names of the catalog"
+    )
+    backbone: BackboneName = Field("embedded", description="whose tokenizer cuts and whose encoder embeds the text")
+    domains: int = Field(250, ge=2, description="clusters of each data family")
     max_documents: int | None = Field(None, ge=1, description="stop reading each source after this many documents")
     sentence_length: int = Field(128, ge=8, description="tokens kept of a sentence")
     kmeans_sample: int = Field(200_000, ge=100, description="items that k-means is fitted on; all are assigned")
     embedders: int | None = Field(
         None, ge=1, description="embedding actors, one GPU or CPU each; unset: one for each, at most 8 on CPUs"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of k-means and of the split into train and validation items")
 
     @model_validator(mode="after")
     def _sample_holds_the_domains(self) -> PrepareConfig:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -45,7 +47,8 @@ class Cluster:
         home.mkdir(parents=True)
         self.folder, self._ray = folder, str(binaries / "ray")
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
+        self._scratch = tempfile.mkdtemp(prefix="r", dir="/tmp")
+        self.environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": self._scratch}
         # A job that is stopped gets the time to save even where the machine has much else to do.
         self.environment["RAY_JOB_STOP_WAIT_TIME_S"] = "60"
         self.environment["PATH"] = f"{binaries}:{os.environ['PATH']}"
@@ -55,11 +58,15 @@ class Cluster:
         self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
         self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.nodes: list[subprocess.Popen] = []
-        self._start(
-            "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-            f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
-        )  # fmt: skip
-        self.wait_for(lambda: self.alive() == 1, "the head")
+        try:
+            self._start(
+                "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+                f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
+            )  # fmt: skip
+            self.wait_for(lambda: self.alive() == 1, "the head")
+        except BaseException:
+            self.close()
+            raise
 
     def join(self, cpus: int = 1) -> subprocess.Popen:
         """Start a worker node; returns its process."""
@@ -169,6 +176,7 @@ class Cluster:
                 node.wait(20)
             except subprocess.TimeoutExpired:
                 self.kill(node)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> Cluster:
         return self

@@ -1,5 +1,7 @@
 """What all tests share: one thread for torch, whose pool only slows tiny models down, and no deadlines.
 
+Whatever cluster the shell or the machine has, tests start their own.
+
 A property that takes longer than usual on a busy machine is no less true.
 """
 
@@ -8,5 +10,6 @@ import os
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_ADDRESS"] = "local"
 settings.register_profile("supmer", deadline=None)
 settings.load_profile("supmer")

@@ -63,8 +63,8 @@ def hub(texts, tmp_path):
 
 
 def test_prepare_reads_every_remote_place(bucket, google, hub, texts, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {
+    environment = {
+        **os.environ,
         "AWS_ENDPOINT_URL": bucket,
         "AWS_ACCESS_KEY_ID": "reader",
         "AWS_SECRET_ACCESS_KEY": "secret",

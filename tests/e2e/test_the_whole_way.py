@@ -2,12 +2,12 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from supmer_ray.cli import main
 from supmer_ray.config import TASK_TYPES
 from supmer_ray.data.catalog import labelled
 from supmer_ray.embedded.learned import ship
@@ -22,10 +22,7 @@ SMALL = [
 def supmer(*arguments):
     """Run the command as a user does: a process of its own, with a Ray of its own."""
     code = "from supmer_ray.cli import main; main()"
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -49,7 +46,7 @@ def test_prepare_train_adapt_predict(folder):
     task = folder / "headlines.yaml"
     frame = labelled("bbc-topic").query("label in ['sport', 'business']")
     for split in ("train", "test"):
-        frame[frame["split"] == split][["headline", "label"]].head(120).to_csv(folder / f"{split}.csv", index=False)
+        frame[frame["split"] == split][["headline", "label"]].head(60).to_csv(folder / f"{split}.csv", index=False)
     train = frame[frame["split"] == "train"].groupby("label").head(40)
     train[["headline", "label"]].to_csv(folder / "train.csv", index=False)
     task.write_text(
@@ -81,7 +78,8 @@ def test_prepare_train_adapt_predict(folder):
 
     # Without a checkpoint from the one that ships, with --plain from none.
     for name, options, regularized in (("shipped", (), True), ("plain", ("--plain",), False)):
-        supmer("adapt", "--task", task, "--shots", 4, "--steps", 1, "--out", folder / name, *options)
+        # In this process, which has what another would import for seconds.
+        main([*map(str, ("adapt", "--task", task, "--shots", 4, "--steps", 1, "--out", folder / name)), *options])
         record = json.loads((folder / name / "adapted.json").read_text())
         assert record["regularized"] == regularized and record["config"]["rate"] == 0.02
 

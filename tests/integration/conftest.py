@@ -72,7 +72,7 @@ def ray_cluster():
     """A cluster of two CPUs on this machine, whatever the machine has."""
     # Metrics reach the node's port every second, not every ten.
     reporting = {"metrics_report_interval_ms": 1000}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=reporting)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=reporting)
     yield
     ray.shutdown()
 
@@ -90,10 +90,17 @@ def tiny_t5(tmp_path_factory, bbc_texts):
 
 
 @pytest.fixture(scope="session")
-def tiny_store(ray_cluster, tiny_t5, tmp_path_factory):
+def tiny_store_progress():
+    """What is said while `tiny_store` is made."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def tiny_store(ray_cluster, tiny_t5, tiny_store_progress, tmp_path_factory):
     """The folder of a store of 60 BBC articles in 12 domains, prepared with the tiny T5."""
     out = tmp_path_factory.mktemp("tiny-store") / "store"
-    prepare(PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=12, max_documents=60), out)
+    config = PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=12, max_documents=60)
+    prepare(config, out, progress=lambda *message: tiny_store_progress.append(message))
     return out
 
 

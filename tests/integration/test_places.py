@@ -47,8 +47,9 @@ def test_a_store_in_an_object_store_is_that_of_a_path(tiny_store, bucket, cache)
 
 
 def test_a_copy_is_made_once_and_again_where_it_is_damaged(tiny_store, bucket, cache):
-    settings = Store.open(tiny_store).manifest.settings
-    copy = prepare(settings, bucket.store).path
+    for file in sorted(path for path in tiny_store.rglob("*") if path.is_file()):
+        bucket.client.upload_file(str(file), "runs", f"team/store/{file.relative_to(tiny_store)}")
+    copy = Store.open(bucket.store).path
     (copy / "marked").touch()
     assert Store.open(bucket.store).path == copy and (copy / "marked").exists()
     (copy / "documents.npy").write_bytes(b"damaged")

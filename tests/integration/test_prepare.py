@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 import ray
 
-from supmer_ray.config import PrepareConfig
 from supmer_ray.data import prepare as module
 from supmer_ray.data.embed import Embedder, Vectors, frame, mean_pooled
 from supmer_ray.data.prepare import prepare
@@ -21,14 +20,11 @@ from supmer_ray.model.backbone import load_backbone
 DOCUMENTS = 60
 
 
-@pytest.fixture(scope="module")
-def prepared(ray_cluster, tiny_t5, tmp_path_factory):
-    """A store of the catalog's BBC text, and what was said while it was built."""
-    said = []
-    config = PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=12, max_documents=DOCUMENTS)
-    out = tmp_path_factory.mktemp("prepare") / "store"
-    store = prepare(config, out, progress=lambda *message: said.append(message))
-    return store, config, said
+@pytest.fixture(scope="session")
+def prepared(tiny_store, tiny_store_progress):
+    """The tests' store of the catalog's BBC text, its configuration, and what was said while it was built."""
+    store = Store.open(tiny_store)
+    return store, store.manifest.settings, tiny_store_progress
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import ray
+from cluster import PATIENCE_SECONDS
 from faults import SETTINGS, assert_same_weights, kill_workers, rows_of
 from safetensors.torch import load_file
 
@@ -37,32 +38,21 @@ def test_every_step_is_recorded_once_with_its_metrics(undisturbed):
     assert sorted(path.suffix for path in undisturbed.checkpoint.iterdir()) == [".json"] * 2 + [".safetensors"] * 3
 
 
-def test_a_killed_worker_changes_nothing(undisturbed, tiny_store, tmp_path):
-    """SIGKILL in the middle: Ray Train restarts from the last checkpoint; the weights are equal bit for bit."""
-    killed = []
-
-    def kill_at_step_five(row):
-        if row["kind"] == "step" and row["step"] == 5 and not killed:
-            killed.extend(kill_workers())
-
-    # Slow enough steps that the kill falls before the end: the disturbed run follows its own metrics file.
-    result = train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "killed", progress=kill_at_step_five)
-    assert killed
-    assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
-    assert_same_weights(result.checkpoint, undisturbed.checkpoint)
-
-
-def test_a_stopped_run_resumes_bit_for_bit_even_from_damaged_snapshots(undisturbed, tiny_store, tmp_path):
-    """The newest snapshot and Ray Train's note of it are cut short: the one before is used, and the log says so."""
+def test_a_killed_worker_changes_nothing_and_a_dead_run_resumes_bit_for_bit(undisturbed, tiny_store, tmp_path):
+    """SIGKILL twice: Ray Train restarts from the last snapshot, then gives up. The newest snapshot and Ray Train's note
+    of it are cut short: the one before is used, and the log says so. The weights are equal to the last bit.
+    """
     out = tmp_path / "stopped"
-    config = load_run_config(None, [*SETTINGS, "workers.max_failures=0"])
+    config = load_run_config(None, [*SETTINGS, "workers.max_failures=1"])
+    deaths = []
 
-    def stop(row):
-        if row["kind"] == "step" and row["step"] == 7:
-            kill_workers()
+    def kill(row):
+        if row["kind"] == "step" and row["step"] == (5, 8)[min(len(deaths), 1)] and len(deaths) < 2:
+            deaths.append(kill_workers())
 
     with pytest.raises(Exception, match="Training failed"):
-        train(config, tiny_store, out, progress=stop)
+        train(config, tiny_store, out, progress=kill)
+    assert len(deaths) == 2 and all(deaths)
     assert not (out / "checkpoint").exists()
     *_, before, newest = sorted(out.glob("checkpoint_2*"))
     for file in (newest / "optimizer.safetensors", out / "checkpoint_manager_snapshot.json"):
@@ -174,15 +164,18 @@ def test_a_run_waits_for_room_and_for_its_turn(ray_cluster):
         take_turn(workers, told.append)()
         after.append(time.monotonic())
 
-    second = threading.Thread(target=wait)
+    second = threading.Thread(target=wait, daemon=True)
     second.start()
-    while not told:
-        time.sleep(0.2)
-    assert told == ["The run waits for another run to have started."]
-    started()
-    time.sleep(5)
-    assert second.is_alive(), "its turn has come, but the CPUs are taken"
-    freed = time.monotonic()
-    ray.cancel(holder, force=True)
-    second.join(60)
-    assert after[-1] > freed
+    try:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not told and time.monotonic() < end:
+            time.sleep(0.2)
+        assert told == ["The run waits for another run to have started."]
+        started()
+        time.sleep(5)
+        assert second.is_alive(), "its turn has come, but the CPUs are taken"
+        freed = time.monotonic()
+    finally:
+        ray.cancel(holder, force=True)
+    second.join(PATIENCE_SECONDS)
+    assert not second.is_alive() and after[-1] > freed

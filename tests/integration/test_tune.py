@@ -27,7 +27,6 @@ from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.sweep.trial import RUNS, Objective
 from supmer_ray.sweep.watch import Watch
-from supmer_ray.train import train
 from supmer_ray.tune import SWEEP_FILE, tune
 
 SMOKE = Path(__file__).parents[2] / "tune_configs" / "smoke.yaml"
@@ -108,11 +107,13 @@ def test_early_stopped_trials_leave_nothing_taken_and_the_best_can_be_trained(ti
         assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, step + 1))
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
 
-    # The same settings in an ordinary run give the same figures: it is the same loop.
+    # The same settings in a run of its own give the same figures.
     best = load_run_config(result.file)
     assert best == result.best
-    run = train(best, tiny_store, tmp_path / "run")
-    last = [row for row in rows_of(run.metrics) if row["kind"] == "validation"][-1]["validation"]
+    (tmp_path / "run").mkdir()
+    meta_train(RunPlan(best, Place.of(tiny_store), Place.of(tmp_path / "run")), Shelf(tmp_path / "snapshots"))
+    metrics = rows_of(tmp_path / "run" / "metrics.jsonl")
+    last = [row for row in metrics if row["kind"] == "validation"][-1]["validation"]
     assert sum(row["loss"] for row in last.values()) / 5 == pytest.approx(result.objective, rel=1e-5)
 
 
@@ -224,8 +225,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_loses_no_finished_trial(tin
     file.write_text(yaml.safe_dump({"base": BASE, "space": RATE, "search": "tpe", "samples": 4}))
     code = "from supmer_ray.cli import main; main()"
     command = [sys.executable, "-c", code, "tune", "--config", file, "--store", tiny_store, "--out", out]
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
-    driver = subprocess.Popen([str(part) for part in command], env=environment, start_new_session=True)
+    driver = subprocess.Popen([str(part) for part in command], start_new_session=True)
     end = time.monotonic() + 900
     while len(list(out.glob("runs/*"))) < 3:  # the third trial has begun, so two are finished
         assert driver.poll() is None and time.monotonic() < end
@@ -237,7 +237,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_loses_no_finished_trial(tin
     assert len(finished) >= 2
     before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in finished}
 
-    done = subprocess.run([*map(str, command), "--resume"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = pd.read_parquet(out / "trials.parquet")
     assert set(table["state"]) == {"finished"} and len(table) == 4

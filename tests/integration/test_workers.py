@@ -3,7 +3,6 @@
 import os
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
@@ -18,6 +17,7 @@ from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.tasks.builder import TaskBuilder
 
+STEPS = (0, 1)
 SETTINGS = ["prompt.length=5", "tasks.support=6", "tasks.query=6", "tasks.tasks_per_step=4", "tasks.max_length=120"]
 
 
@@ -38,10 +38,11 @@ def mean_gradients(store_path, step, rank, workers, token_budget):
     return {"theta": mean.prompt, "rates": mean.inner_rates, **phi, "metrics": torch.stack(list(metrics.values()))}
 
 
-def worker(rank, store_path, step, folder, port):
+def worker(rank, store_path, folder, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    save_file(mean_gradients(store_path, step, rank, 2, 4096), folder / f"{rank}.safetensors")
+    for step in STEPS:
+        save_file(mean_gradients(store_path, step, rank, 2, 4096), folder / f"{step}-{rank}.safetensors")
     torch.distributed.destroy_process_group()
     # A thread of gloo may still be dropping a tensor, for which it wants the GIL; if Python is being taken down
     # meanwhile, the process aborts (pytorch/pytorch#190489). Everything is written: leave without the teardown.
@@ -82,13 +83,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("step", [0, 1])
-def test_two_workers_and_micro_batches_agree_with_one_worker(tiny_store, tmp_path, step):
-    one = mean_gradients(tiny_store, step, 0, 1, 1 << 20)
-    micro = mean_gradients(tiny_store, step, 0, 1, 200)
-    torch.multiprocessing.spawn(worker, (tiny_store, step, tmp_path, free_port()), nprocs=2)
-    two, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    for name, expected in one.items():
-        scale = max(1.0, float(expected.abs().max()))
-        for found in (micro, two, other):
-            assert float((found[name] - expected).abs().max()) / scale < 1e-6, name
+def test_two_workers_and_micro_batches_agree_with_one_worker(tiny_store, tmp_path):
+    torch.multiprocessing.spawn(worker, (tiny_store, tmp_path, free_port()), nprocs=2)
+    for step in STEPS:
+        one = mean_gradients(tiny_store, step, 0, 1, 1 << 20)
+        micro = mean_gradients(tiny_store, step, 0, 1, 200)
+        two, other = (load_file(tmp_path / f"{step}-{rank}.safetensors") for rank in (0, 1))
+        for name, expected in one.items():
+            scale = max(1.0, float(expected.abs().max()))
+            for found in (micro, two, other):
+                assert float((found[name] - expected).abs().max()) / scale < 1e-6, (step, name)

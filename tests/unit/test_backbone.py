@@ -1,5 +1,6 @@
 """Loading frozen models: what they are told apart by, where an answer goes, and what is refused."""
 
+import sys
 import time
 
 import huggingface_hub
@@ -97,7 +98,8 @@ def test_a_pickle_is_never_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["checkpoint_activations", "compile_norms"])
-def test_what_only_t5_can_is_refused_elsewhere(folder, tmp_path, setting):
+def test_what_only_t5_can_is_refused_elsewhere(folder, tmp_path, monkeypatch, setting):
+    monkeypatch.setenv("CXX", sys.executable)  # there, and not called
     getattr(load_backbone(str(folder)), setting)()
     bart = load_backbone(str(make_tiny_bart(tmp_path, TEXTS)))
     with pytest.raises(UserError, match=rf"workers.{setting} works with T5 models, and .* is none; set it to false"):
