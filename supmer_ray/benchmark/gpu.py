@@ -50,7 +50,8 @@ def measure_gpu(options: argparse.Namespace, say: Callable[[str], None]) -> dict
         torch.cuda.empty_cache()
     found: dict[str, Any] = {"steps": steps, "out_of_memory": failed}
     if torch.cuda.device_count() > 1:
-        found["scaling"] = measure_scaling("t5-base", options.lengths[0], options, say)
+        two = argparse.Namespace(**{**vars(options), "tokens": BUDGET, "tasks": options.tasks + options.tasks % 2})
+        found["scaling"] = measure_scaling("t5-base", options.lengths[0], two, say)
     else:
         say("One GPU here: scaling over NCCL needs two.")
     return found

@@ -16,7 +16,7 @@ import torch.multiprocessing
 
 from supmer_ray.benchmark.workload import Lengths, random_backbone, task_batch
 from supmer_ray.errors import UserError
-from supmer_ray.meta.loop import reduce_sums
+from supmer_ray.meta.reduce import reduce_sums
 from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.regularizer import Regularizer
 from supmer_ray.tasks.batch import TaskBatch
@@ -29,15 +29,16 @@ def measure_scaling(size: str, length: int, options: argparse.Namespace, say: Ca
             f"--scaling shares {options.tasks} tasks between two workers; write --tasks {options.tasks + 1}."
         )
     cores = torch.get_num_threads()
-    if options.device.startswith("cuda") and torch.cuda.device_count() < 2:
-        say(f"{size}: one GPU here, so two workers are measured on its CPU")
+    gpus = options.device.startswith("cuda") and torch.cuda.device_count() >= 2
+    if options.device.startswith("cuda") and not gpus:
+        say(f"{size}: one GPU here, so one and two workers are measured on its CPU")
     found = {}
     for workers in (1, 2):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        arguments = (workers, port, size, length, options, max(1, cores // workers), queue)
+        arguments = (workers, port, size, length, options, max(1, cores // workers), gpus, queue)
         torch.multiprocessing.spawn(_worker, arguments, nprocs=workers)
         found[workers] = queue.get()
     ratio = found[1]["seconds"] / found[2]["seconds"]
@@ -50,10 +51,17 @@ def measure_scaling(size: str, length: int, options: argparse.Namespace, say: Ca
 
 
 def _worker(
-    rank: int, workers: int, port: int, size: str, length: int, options: argparse.Namespace, threads: int, queue: Any
+    rank: int,
+    workers: int,
+    port: int,
+    size: str,
+    length: int,
+    options: argparse.Namespace,
+    threads: int,
+    gpus: bool,
+    queue: Any,
 ) -> None:
     torch.set_num_threads(threads)
-    gpus = torch.cuda.device_count() >= workers
     backend, device = ("nccl", torch.device("cuda", rank)) if gpus else ("gloo", torch.device("cpu"))
     if gpus:
         torch.cuda.set_device(device)

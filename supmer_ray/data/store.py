@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 from pyarrow.fs import copy_files
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save
@@ -100,8 +99,10 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of it, so of the whole store: the same text in other domains is another store."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of what is in the store, however it was made: the same text in other domains is another store."""
+        files = {name: record.sha256 for name, record in self.files.items()}
+        parts = [self.schema_version, self.backbone.fingerprint, self.backbone.tokenizer_fingerprint, files]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ class Sentences:
     """The sentence table of a store, also while the store is still being built."""
 
     def __init__(self, folder: Path) -> None:
+        from datasets import Dataset  # here, so that the step and its benchmark need neither it nor a store
+
         table = Dataset.from_file(str(folder / SENTENCES)).data
         self._length = table.num_rows
         self._documents = table.column("document").chunks

@@ -14,14 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor
 
 from supmer_ray.cluster import this_node_cpus
 from supmer_ray.config import RunConfig
@@ -29,10 +28,11 @@ from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, read_sealed
 from supmer_ray.meta.curriculum import draw_mixing, running_similarity
+from supmer_ray.meta.reduce import reduce_sums
 from supmer_ray.meta.state import MetaState, step_in
-from supmer_ray.meta.step import MetaGradients, MetaStep
+from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.backbone import Backbone, load_backbone
-from supmer_ray.tasks.batch import TaskBatch, to_device
+from supmer_ray.tasks.batch import TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
 
@@ -47,37 +47,6 @@ GROUP_FILE = "placement_group"
 
 STOP_LOOK_SECONDS = 0.5
 """How often a worker looks for it: `ray job stop` gives a driver three seconds."""
-
-
-def reduce_sums(
-    found: MetaGradients, mixing_sum: float, stop: bool = False
-) -> tuple[MetaGradients, dict[str, Tensor], Tensor]:
-    """Mean gradients and mean per-task metrics over the tasks of all workers, by one all-reduce.
-
-    Everything stays on the device, and the host does not wait for it.
-
-    Args:
-        found: this worker's sums.
-        mixing_sum: Σ over this worker's tasks of their λ.
-        stop: this worker was told to stop; the third result is above 0 if any was, alike on all of them.
-    """
-    names = sorted(found.tasks)
-    parts = [found.prompt, *found.regularizer, found.inner_rates]
-    sums = torch.stack([found.tasks[name].sum() for name in names]).to(found.prompt)
-    counts = np.array([mixing_sum, float(stop), len(found.tasks[names[0]])], np.float32)
-    extra = to_device(counts, found.prompt.device).to(found.prompt.dtype)
-    flat = torch.cat([*(part.reshape(-1).to(found.prompt.dtype) for part in parts), sums, extra])
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flat)
-    flat = flat[:-1] / flat[-1]
-    means: list[Tensor] = []
-    start = 0
-    for part in parts:
-        means.append(flat[start : start + part.numel()].view(part.shape))
-        start += part.numel()
-    *values, asked = flat[start:].unbind()
-    metrics = dict(zip([*names, "mixing"], values, strict=True))
-    return replace(found, prompt=means[0], regularizer=means[1:-1], inner_rates=means[-1]), metrics, asked
 
 
 @dataclass
@@ -420,7 +389,9 @@ def snapshots_in(run: Place) -> list[Any]:
 
     filesystem, path = run.filesystem()
     names = [name for name in run.listed() if name.startswith("checkpoint_") and not name.endswith(".json")]
-    furthest = sorted(names, key=lambda name: (step_in(run / name), name), reverse=True)
+    steps = {name: step_in(run / name) for name in names}
+    # One that was cut short tells no step: it was the last to be written, and whoever reads it says that it is damaged.
+    furthest = sorted(names, key=lambda name: (steps[name] if steps[name] >= 0 else math.inf, name), reverse=True)
     return [Checkpoint(f"{path}/{name}", filesystem) for name in furthest]
 
 

@@ -208,7 +208,7 @@ def step_in(snapshot: Place) -> int:
     """The step that a snapshot was made after; −1 where it does not tell."""
     try:
         return int(json.loads(snapshot.read(PROGRESS) or "")["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return -1
 
 

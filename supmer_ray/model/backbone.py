@@ -8,6 +8,7 @@ computes) is settled here once.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -195,12 +196,15 @@ class Backbone:
             UserError: this family's forward has none of its own, or the machine lacks the compiler.
         """
         forward = self._t5_forward("compile_norms")
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if self.device.type == "cpu" and not shutil.which(compiler):
+        variable, language, usual = ("CC", "C", "gcc") if self.device.type == "cuda" else ("CXX", "C++", "g++")
+        compiler = os.environ.get(variable, "clang++" if sys.platform == "darwin" else usual)
+        if not shutil.which(compiler):
             raise UserError(
-                f"workers.compile_norms needs the C++ compiler {compiler}, which is not on the PATH; install it, name "
-                "another one in the environment variable CXX, or set workers.compile_norms to false."
+                f"workers.compile_norms needs the {language} compiler {compiler}, which is not on the PATH; install it,"
+                f" name another in the environment variable {variable}, or set workers.compile_norms to false."
             )
+        if self.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            raise UserError("workers.compile_norms needs triton on a GPU; install it, or set it to false.")
         forward.compiled = True
 
     def _t5_forward(self, setting: str, instead: str = "") -> T5Forward:

@@ -141,12 +141,16 @@ class TrialHost:
         self.device = torch.device("cuda" if gpu else "cpu")
 
     def snapshots(self) -> Sequence[Any]:
-        """The one that Ray Tune hands over (with pbt, another trial's), then those that are older than it."""
+        """The one that Ray Tune hands over (with pbt, another trial's), then those that are older than it.
+
+        By name, a count of the trial's own: with pbt an older one may be of a later step, which was given up.
+        """
         latest = ray_tune.get_checkpoint()
         if latest is None:
             return []
         folder, _, name = latest.path.rpartition("/")
-        return [snapshot for snapshot in snapshots_in(Place(folder)) if snapshot.path.rpartition("/")[2] <= name]
+        named = {snapshot.path.rpartition("/")[2]: snapshot for snapshot in snapshots_in(Place(folder))}
+        return [named[own] for own in sorted(named, reverse=True) if own <= name]
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -21,13 +21,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from supmer_ray.data.store import Family, Store
 from supmer_ray.errors import UserError
 from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.formats import LETTERS, Formats
+
+if TYPE_CHECKING:
+    from supmer_ray.data.store import Family, Store
 
 FAMILY = {"nsp": "nsp", "nss": "nss", "scsp": "ss", "scss": "ss", "scc": "ss", "sck": "ss"}
 """The data family whose clustering gives each task type its domains."""

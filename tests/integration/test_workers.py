@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from supmer_ray.config import load_run_config
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
-from supmer_ray.meta.loop import RefusedElsewhere, _require_same_step, begun_together, make_formats, reduce_sums
+from supmer_ray.meta.loop import RefusedElsewhere, _require_same_step, begun_together, make_formats
+from supmer_ray.meta.reduce import reduce_sums
 from supmer_ray.meta.state import MetaState
 from supmer_ray.meta.step import MetaStep
 from supmer_ray.model.backbone import load_backbone

@@ -1,4 +1,4 @@
-"""The benchmark runs, agrees with its own baseline, and needs no Ray."""
+"""The benchmark runs, agrees with its own baseline, and needs neither Ray nor what only preparing and settings need."""
 
 import json
 import subprocess
@@ -12,10 +12,19 @@ from supmer_ray.benchmark.workload import SIZES, Lengths, step_flops, task_batch
 SMALL = ["--prompt", "4", "--tasks", "1", "--support", "4", "--query", "4", "--max-length", "24", "--repeats", "1"]
 
 
+def test_a_gpu_machine_needs_torch_and_transformers_only():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('ray', 'datasets', 'pydantic', 'pandas', 'sklearn', 'nupunkt')); "
+        "import supmer_ray.benchmark.gpu, supmer_ray.golden"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_step_is_timed_beside_the_baseline_without_ray(tmp_path):
     out = tmp_path / "speed.json"
     code = (
-        "import sys, runpy; sys.modules['ray'] = None; "
+        "import sys, runpy; sys.modules |= dict.fromkeys(('ray', 'datasets', 'pydantic')); "
         f"sys.argv = ['benchmark', *{[*SMALL, '--size', 'mini', '--lengths', '20', '--spread', '--out', str(out)]!r}]; "
         "runpy.run_module('supmer_ray.benchmark', run_name='__main__')"
     )

@@ -125,7 +125,7 @@ def test_the_furthest_snapshot_comes_first_whatever_the_clock_said(tmp_path):
             (folder / "progress.json").write_text(json.dumps({"step": step}))
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
     names = [snapshot.path.rpartition("_")[2][:5] for snapshot in snapshots_in(Place.of(tmp_path))]
-    assert names == ["02-20", "02-10", "02-58", "02-40"]
+    assert names == ["02-40", "02-20", "02-10", "02-58"], "the one that is damaged first, to be told of"
 
 
 def test_what_is_no_checkpoint_is_refused(saved, backbone, tmp_path):

@@ -1,6 +1,8 @@
 """Search spaces: mistakes are one sentence, mixtures are uniform on the simplex, what fits is computed."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, build, load_sweep_c
 from supmer_ray.errors import UserError
 from supmer_ray.sweep.picture import draw_sweep, importance, places
 from supmer_ray.sweep.space import run_config, settings_of, space
-from supmer_ray.sweep.trial import Objective
+from supmer_ray.sweep.trial import Objective, TrialHost
 from supmer_ray.tune import _searcher, concurrency
 
 CONFIGS = Path(__file__).parents[2] / "tune_configs"
@@ -193,3 +195,20 @@ def test_a_sweep_survives_json():
     config = load_sweep_config(CONFIGS / "joint.yaml")
     assert build(SweepConfig, config.model_dump(mode="json", by_alias=True), "here") == config
     assert yaml.safe_load((CONFIGS / "smoke.yaml").read_text())["samples"] == 2
+
+
+def test_a_trial_goes_on_from_what_it_was_given_even_if_it_had_been_further(tmp_path, monkeypatch):
+    """Population-based training gave it another trial's snapshot of step 100; it came to 200 and was paused."""
+    for number, step in {1: 200, 2: 300, 3: 200}.items():
+        folder = tmp_path / f"checkpoint_{number:06}"
+        folder.mkdir()
+        (folder / "progress.json").write_text(json.dumps({"step": step}))
+
+    def found(latest):
+        given = SimpleNamespace(path=str(tmp_path / latest)) if latest else None
+        monkeypatch.setattr("supmer_ray.sweep.trial.ray_tune.get_checkpoint", lambda: given)
+        return [snapshot.path[-1] for snapshot in TrialHost(1, gpu=False).snapshots()]
+
+    assert found("checkpoint_000003") == ["3", "2", "1"]
+    assert found("checkpoint_000002") == ["2", "1"]
+    assert found(None) == []

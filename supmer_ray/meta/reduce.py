@@ -1,0 +1,47 @@
+"""What the workers of a run tell each other in a step: one flat vector, reduced once.
+
+A worker's sums over its own tasks go in, the means over all tasks come out, alike on every worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from supmer_ray.meta.step import MetaGradients
+from supmer_ray.tasks.batch import to_device
+
+
+def reduce_sums(
+    found: MetaGradients, mixing_sum: float, stop: bool = False
+) -> tuple[MetaGradients, dict[str, Tensor], Tensor]:
+    """Mean gradients and mean per-task metrics over the tasks of all workers, by one all-reduce.
+
+    Everything stays on the device, and the host does not wait for it.
+
+    Args:
+        found: this worker's sums.
+        mixing_sum: Σ over this worker's tasks of their λ.
+        stop: this worker was told to stop; the third result is above 0 if any was, alike on all of them.
+    """
+    names = sorted(found.tasks)
+    parts = [found.prompt, *found.regularizer, found.inner_rates]
+    sums = torch.stack([found.tasks[name].sum() for name in names]).to(found.prompt)
+    counts = np.array([mixing_sum, float(stop), len(found.tasks[names[0]])], np.float32)
+    extra = to_device(counts, found.prompt.device).to(found.prompt.dtype)
+    flat = torch.cat([*(part.reshape(-1).to(found.prompt.dtype) for part in parts), sums, extra])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flat)
+    flat = flat[:-1] / flat[-1]
+    means: list[Tensor] = []
+    start = 0
+    for part in parts:
+        means.append(flat[start : start + part.numel()].view(part.shape))
+        start += part.numel()
+    *values, asked = flat[start:].unbind()
+    metrics = dict(zip([*names, "mixing"], values, strict=True))
+    return replace(found, prompt=means[0], regularizer=means[1:-1], inner_rates=means[-1]), metrics, asked
