@@ -281,39 +281,45 @@ def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Pro
     count, reserved = _embedding_workers(config.embedders)
     waiting = list(range(-(-len(sentences) // STRETCH)))
     embedder: Any = ray.remote(Embedder).options(**reserved)
+    actors: list[Any] = []
 
     def start() -> tuple[Any, Any]:
-        actor = embedder.remote(shared, config.backbone, "num_gpus" in reserved)
-        return actor.load.remote(), actor
+        actors.append(embedder.remote(shared, config.backbone, "num_gpus" in reserved))
+        return actors[-1].load.remote(), actors[-1]
 
     # Stretches are given to actors that stand, and Ray restarts none: where a node leaves, an actor may have no place
     # to start again for as long as the others work, and what was given to it would wait as long.
     busy: dict[Any, tuple[Any, int | None]] = {}  # a call → its actor, and the stretch; None: it is starting
-    for ready, actor in (start() for _ in range(min(count, len(waiting)))):
-        busy[ready] = actor, None
     losses: Counter[int | None] = Counter()
     done = 0
     tell("Embedding sentences", done, len(sentences), "sentences")
-    while done < len(sentences):
-        (call,), _ = ray.wait(list(busy), num_returns=1)
-        actor, stretch = busy.pop(call)
-        try:
-            rows = _get(call)
-        except RayActorError:
-            losses[stretch] += 1
-            if losses[stretch] > (MOST_LOSSES if stretch is not None else MOST_LOSSES * count):
-                raise
-            if stretch is not None:
-                waiting.append(stretch)
-            ready, actor = start()
+    try:
+        for ready, actor in (start() for _ in range(min(count, len(waiting)))):
             busy[ready] = actor, None
-            continue
-        if stretch is not None:
-            done += rows
-            tell("Embedding sentences", done, len(sentences), "sentences")
-        if waiting:
-            stretch = waiting.pop(0)
-            busy[actor.embed.remote(Stretch.of(sentences, stretch))] = actor, stretch
+        while done < len(sentences):
+            (call,), _ = ray.wait(list(busy), num_returns=1)
+            actor, stretch = busy.pop(call)
+            try:
+                rows = _get(call)
+            except RayActorError:
+                losses[stretch] += 1
+                if losses[stretch] > (MOST_LOSSES if stretch is not None else MOST_LOSSES * count):
+                    raise
+                if stretch is not None:
+                    waiting.append(stretch)
+                ready, actor = start()
+                busy[ready] = actor, None
+                continue
+            if stretch is not None:
+                done += rows
+                tell("Embedding sentences", done, len(sentences), "sentences")
+            if waiting:
+                stretch = waiting.pop(0)
+                busy[actor.embed.remote(Stretch.of(sentences, stretch))] = actor, stretch
+    finally:
+        # Not left to the garbage collector: whoever keeps the traceback of a failure would keep their CPUs with it.
+        for actor in actors:
+            ray.kill(actor)
 
 
 def _find_domains(
