@@ -16,9 +16,13 @@ settings.register_profile("supmer", deadline=None)
 settings.load_profile("supmer")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """With several processes, all tests that want Ray share one of them and its cluster; the others run beside it."""
-    for item in items:
-        if item.path.parent.name in ("integration", "e2e"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayInOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "ray" if nodeid.startswith(("tests/integration/", "tests/e2e/")) else nodeid.partition("::")[0]
+
+    return RayInOne(config, log)
