@@ -38,30 +38,34 @@ def test_every_step_is_recorded_once_with_its_metrics(undisturbed):
     assert sorted(path.suffix for path in undisturbed.checkpoint.iterdir()) == [".json"] * 2 + [".safetensors"] * 3
 
 
-def test_a_killed_worker_changes_nothing_and_a_dead_run_resumes_bit_for_bit(undisturbed, tiny_store, tmp_path):
-    """SIGKILL twice: Ray Train restarts from the last snapshot, then gives up. The newest snapshot and Ray Train's note
-    of it are cut short: the one before is used, and the log says so. The weights are equal to the last bit.
+def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_kill(undisturbed, tiny_store, tmp_path):
+    """The newest snapshot and Ray Train's note of it are cut short: the one before is used, and the log says so. On the
+    way from there a worker is killed again, and Ray Train restarts it.
     """
     out = tmp_path / "stopped"
-    config = load_run_config(None, [*SETTINGS, "workers.max_failures=1"])
-    deaths = []
 
-    def kill(row):
-        if row["kind"] == "step" and row["step"] == (5, 8)[min(len(deaths), 1)] and len(deaths) < 2:
-            deaths.append(kill_workers())
+    def stop(row):
+        if row["kind"] == "step" and row["step"] == 7:
+            kill_workers()
 
     with pytest.raises(Exception, match="Training failed"):
-        train(config, tiny_store, out, progress=kill)
-    assert len(deaths) == 2 and all(deaths)
+        train(load_run_config(None, [*SETTINGS, "workers.max_failures=0"]), tiny_store, out, progress=stop)
     assert not (out / "checkpoint").exists()
     *_, before, newest = sorted(out.glob("checkpoint_2*"))
     for file in (newest / "optimizer.safetensors", out / "checkpoint_manager_snapshot.json"):
         file.write_bytes(file.read_bytes()[:-100])
+    reached = json.loads((before / "progress.json").read_text())["step"]
 
-    said = []
-    result = train(config, tiny_store, out, resume=True, progress=said.append)
-    (notice,) = [row for row in said if row["kind"] == "notice" and "waits for" not in row["text"]]
-    reached = json.loads((before / "progress.json").read_text())["step"] if before.exists() else 3
+    said, killed = [], []
+
+    def kill(row):
+        said.append(row)
+        if row["kind"] == "step" and row["step"] == reached + 1 and not killed:
+            killed.extend(kill_workers())
+
+    result = train(load_run_config(None, SETTINGS), tiny_store, out, resume=True, progress=kill)
+    assert killed
+    notice = next(row for row in said if row["kind"] == "notice" and "waits for" not in row["text"])
     assert f"{newest.name}/optimizer.safetensors is damaged" in notice["text"]
     assert f"goes on from step {reached} instead" in notice["text"]
     assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
