@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from supmer_ray.config import WorkersConfig
-from supmer_ray.errors import UserError, first_line
+from supmer_ray.errors import UserError
 
 KNOCK_SECONDS = 20.0
 """How long a cluster may take to accept a connection."""
@@ -74,12 +74,12 @@ def connect() -> Resources:
             raise UserError(
                 f"The Ray cluster at RAY_ADDRESS={address} does not answer ({error}); start it, or unset RAY_ADDRESS."
             ) from None
-        except (ValueError, RuntimeError) as error:
+        except ValueError:
             if "RAY_ADDRESS" not in os.environ:
                 raise
             raise UserError(
-                f"RAY_ADDRESS={address} names no cluster that a driver can join ({first_line(error)}); write HOST:PORT "
-                "of its head, or unset it (the address of its dashboard is for 'ray job submit' alone)."
+                f"RAY_ADDRESS={address} is no address of a cluster that a driver can join; write HOST:PORT of its "
+                "head, or unset it (the address of its dashboard is for 'ray job submit' alone)."
             ) from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

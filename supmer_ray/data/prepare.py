@@ -243,7 +243,7 @@ def _read(batch: Any, pieces: Sequence[Piece], limit: int | None) -> Iterator[An
 def _cut(documents: Any, backbone: str, longest: int) -> Any:
     try:
         tokenize = tokenizer_of(backbone)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         problem = (
             f"A node of the cluster cannot load the tokenizer of '{backbone}' ({first_line(error)}); put it where "
             "every node sees it."

@@ -117,6 +117,9 @@ def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     message = sentence(started("prepare", "--source", "bbc", "--out", tmp_path / "out"))
     assert "The Ray cluster at RAY_ADDRESS=127.0.0.1:9 does not answer (" in message and "unset RAY_ADDRESS" in message
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # what `ray job submit` wants
+    message = sentence(started("prepare", "--source", "bbc", "--out", tmp_path / "out"))
+    assert "is no address of a cluster that a driver can join; write HOST:PORT of its head" in message
     assert not (tmp_path / "out").exists()
 
 

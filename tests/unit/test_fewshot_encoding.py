@@ -36,6 +36,16 @@ def definition(pattern: str = "{a} . question {b} ? answer {mask} .", **changes)
     )
 
 
+def choice() -> TaskDefinition:
+    """Of three candidates, asked one by one."""
+    return definition(
+        "{a} ? {mask} , {candidate}",
+        fields=["a"],
+        candidates={"x": "one", "y": "two", "z": "three"},
+        verbalizers={"right": "yes", "wrong": "no"},
+    )
+
+
 def ids_of(examples, row: int) -> list[int]:
     return examples.tokens[examples.offsets[row] : examples.offsets[row + 1]].tolist()
 
@@ -128,13 +138,7 @@ def test_verbalizer_ids_are_what_the_targets_ask_for(backbone):
 
 
 def test_a_choice_asked_candidate_by_candidate_is_one_example_each(backbone):
-    choice = definition(
-        "{a} ? {mask} , {candidate}",
-        fields=["a"],
-        candidates={"x": "one", "y": "two", "z": "three"},
-        verbalizers={"right": "yes", "wrong": "no"},
-    )
-    encoder = TaskEncoder(backbone, choice, max_length=50)
+    encoder = TaskEncoder(backbone, choice(), max_length=50)
     frame = pd.DataFrame(
         [["the film", "rain", "a fine story", "sunny", "y"], ["rain", "places", "great", "film", "x"]],
         columns=["a", "one", "two", "three", "label"],
@@ -165,15 +169,9 @@ def test_labels_of_a_choice_share_what_their_candidates_odds_say():
 
 
 def test_a_candidate_that_a_row_lacks_is_neither_trained_on_nor_predicted(backbone):
-    choice = definition(
-        "{a} ? {mask} , {candidate}",
-        fields=["a"],
-        candidates={"x": "one", "y": "two", "z": "three"},
-        verbalizers={"wrong": "no", "right": "yes"},
-    )
     rows = [["film", "rain", None, "sunny", "z"], ["rain", "places", "great", " ", "x"], ["rain", "", "", None, "x"]]
     frame = pd.DataFrame(rows, columns=["a", "one", "two", "three", "label"])
-    encoder = TaskEncoder(backbone, choice, max_length=50)
+    encoder = TaskEncoder(backbone, choice(), max_length=50)
     split = encoder.split(frame[:2])
     assert split.offered.tolist() == [[True, False, True], [True, True, False]]
     assert split.examples_of(np.array([1, 0])).tolist() == [3, 4, 0, 2]
