@@ -18,7 +18,7 @@ from typing import Any
 BINARIES = Path(sys.executable).parent
 PROJECT = Path(__file__).parents[1]
 
-PATIENCE_SECONDS = 900
+PATIENCE_SECONDS = 600
 """How long a test waits for what takes seconds on an idle machine: only what never comes fails."""
 
 

@@ -10,6 +10,7 @@ import ray
 from comparing import along_shots, compared, plan, tasks  # noqa: F401
 from faults import SETTINGS
 from moto.server import ThreadedMotoServer
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table, remove_placement_group
 from tiny import make_tiny_t5
 
 from supmer_ray.config import PrepareConfig, load_run_config
@@ -75,6 +76,16 @@ def ray_cluster():
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=reporting)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_reservation_outlives_its_test():
+    """What a test that failed has reserved is given back: the next one would wait for it until its time is over."""
+    yield
+    if ray.is_initialized():
+        for group, entry in placement_group_table().items():
+            if entry["state"] != "REMOVED":
+                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 import yaml
+from cluster import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, build, load_run_config, load_sweep_config
@@ -60,15 +61,19 @@ def test_a_trial_that_is_tried_again_loses_its_dead_runs_group_and_keeps_its_own
     place.local.mkdir(parents=True)
     watch = Watch(sweep(samples=1), tmp_path, None)
     dead, own = (placement_group([{"CPU": 1}]) for _ in range(2))
-    place.write(GROUP_FILE, dead.id.hex())
-    watch.recovers(SimpleNamespace(trial_id="trial"))
-    place.write(GROUP_FILE, own.id.hex())
-    watch.release()
-    assert placement_group_table(dead)["state"] == "CREATED", "a run is given time to die"
-    watch.release(at_once=True)
-    assert placement_group_table(dead)["state"] == "REMOVED"
-    assert placement_group_table(own)["state"] == "CREATED"
-    remove_placement_group(own)
+    try:
+        ray.get([dead.ready(), own.ready()])
+        place.write(GROUP_FILE, dead.id.hex())
+        watch.recovers(SimpleNamespace(trial_id="trial"))
+        place.write(GROUP_FILE, own.id.hex())
+        watch.release()
+        assert placement_group_table(dead)["state"] == "CREATED", "a run is given time to die"
+        watch.release(at_once=True)
+        Cluster.wait_for(lambda: placement_group_table(dead)["state"] == "REMOVED", "the end of the dead run's group")
+        assert placement_group_table(own)["state"] == "CREATED"
+    finally:
+        remove_placement_group(dead)
+        remove_placement_group(own)
 
 
 def rows_of(file):
@@ -226,7 +231,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_loses_no_finished_trial(tin
     code = "from supmer_ray.cli import main; main()"
     command = [sys.executable, "-c", code, "tune", "--config", file, "--store", tiny_store, "--out", out]
     driver = subprocess.Popen([str(part) for part in command], start_new_session=True)
-    end = time.monotonic() + 900
+    end = time.monotonic() + PATIENCE_SECONDS
     while len(list(out.glob("runs/*"))) < 3:  # the third trial has begun, so two are finished
         assert driver.poll() is None and time.monotonic() < end
         time.sleep(0.2)
