@@ -29,12 +29,12 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --durations=25
+	$(BIN)/python -m pytest -n 2 --max-worker-restart=0 --cov --cov-report=term --durations=25
 
 # Kills, full disks, nodes that leave, long sweeps, and the loggers that are extras: half an hour on two cores.
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mlflow,wandb]"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=2700
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

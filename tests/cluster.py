@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ def free_ports(count):
     finally:
         for probe in probes:
             probe.close()
+
+
+def assert_all_is_free(cpus=2.0, seconds=120):
+    """Every placement group is gone and every CPU free, at the latest after `seconds`."""
+    import ray
+    from ray.util import placement_group_table
+
+    end = time.monotonic() + seconds
+    while True:
+        groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        free = ray.available_resources().get("CPU", 0.0)
+        if not groups and free == cpus:
+            return
+        assert time.monotonic() < end, (groups, free)
+        time.sleep(0.5)
 
 
 class Cluster:
@@ -143,7 +159,13 @@ class Cluster:
 
     def wait_for_end(self, job: str, state: str = "SUCCEEDED") -> str:
         """Wait until a job ended, as it should; returns its log."""
-        self.wait_for(lambda: self.state(job) in ("SUCCEEDED", "FAILED", "STOPPED"), f"the end of {job}")
+
+        def ended() -> bool:
+            with suppress(OSError):  # a dashboard may be slow to answer while nodes come and go
+                return self.state(job) in ("SUCCEEDED", "FAILED", "STOPPED")
+            return False
+
+        self.wait_for(ended, f"the end of {job}")
         log = self.api(f"/api/jobs/{job}/logs")["logs"]
         assert self.state(job) == state, log
         return log

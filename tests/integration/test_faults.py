@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import ray
+from cluster import PATIENCE_SECONDS
 from faults import SETTINGS, assert_same_weights, hunting, kill, kill_workers, rows_of, whole_rows
 from safetensors.numpy import load_file, save
 
@@ -180,7 +181,11 @@ def test_two_runs_that_start_at_once_take_turns(undisturbed, tiny_store, tmp_pat
         )
         for name in ("one", "other")
     ]  # fmt: skip
-    said = [run.communicate(timeout=500)[0] for run in runs]
+    try:
+        said = [run.communicate(timeout=PATIENCE_SECONDS)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert [run.returncode for run in runs] == [0, 0], said
     assert sum("The run waits for" in text for text in said) == 1
     for name in ("one", "other"):

@@ -2,11 +2,10 @@
 
 import json
 import signal
-import time
 
 import pandas as pd
 import pytest
-import ray
+from cluster import assert_all_is_free
 from faults import SETTINGS, assert_same_weights, rows_of
 
 from supmer_ray.config import load_run_config
@@ -80,10 +79,7 @@ def test_a_bucket_that_refuses_is_one_sentence(tiny_store, bucket, cache):
     assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
     assert bucket.keys() == []
     # Nor does what failed hold CPUs for as long as its traceback is kept.
-    end = time.monotonic() + 60
-    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < end:
-        time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == 2
+    assert_all_is_free()
 
 
 def test_a_run_in_an_object_store_is_read_where_it_lies(compared, plan, bucket, tmp_path):

@@ -1,12 +1,12 @@
 """From real text to a store on a real cluster, and what stops it before it starts."""
 
 import json
-import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from cluster import assert_all_is_free
 
 from supmer_ray.data import prepare as module
 from supmer_ray.data.embed import Embedder, Vectors, frame, mean_pooled
@@ -165,7 +165,4 @@ def test_a_node_that_does_not_see_the_backbone_says_so(ray_cluster, tmp_path):
 
 
 def test_everything_is_given_back(prepared):
-    end = time.monotonic() + 20
-    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < end:
-        time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == 2
+    assert_all_is_free()

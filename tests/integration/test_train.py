@@ -7,7 +7,7 @@ import time
 
 import pytest
 import ray
-from cluster import PATIENCE_SECONDS
+from cluster import PATIENCE_SECONDS, assert_all_is_free
 from faults import SETTINGS, assert_same_weights, kill_workers, rows_of
 from safetensors.torch import load_file
 
@@ -16,6 +16,7 @@ from supmer_ray.cluster import take_turn
 from supmer_ray.config import PAPER_TASK_TYPES, PrepareConfig, load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import UserError
+from supmer_ray.files import read_sealed
 from supmer_ray.meta.loop import make_formats
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.tasks.stream import ShardSource, stream_shards
@@ -51,6 +52,11 @@ def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_ki
     with pytest.raises(Exception, match="Training failed"):
         train(load_run_config(None, [*SETTINGS, "workers.max_failures=0"]), tiny_store, out, progress=stop)
     assert not (out / "checkpoint").exists()
+    for folder in out.glob("checkpoint_2*"):  # the kill may have come while one was written
+        try:
+            read_sealed(folder, "a snapshot")
+        except UserError:
+            shutil.rmtree(folder)
     *_, before, newest = sorted(out.glob("checkpoint_2*"))
     for file in (newest / "optimizer.safetensors", out / "checkpoint_manager_snapshot.json"):
         file.write_bytes(file.read_bytes()[:-100])
@@ -159,6 +165,7 @@ def test_what_only_a_worker_can_see_is_refused_once_and_leaves_nothing(tiny_stor
 
 def test_a_run_waits_for_room_and_for_its_turn(ray_cluster):
     workers, told = load_run_config(None, []).workers, []
+    assert_all_is_free()
     started = take_turn(workers, told.append)
     assert told == [], "the cluster was free"
     holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=1.5).remote()
@@ -180,6 +187,7 @@ def test_a_run_waits_for_room_and_for_its_turn(ray_cluster):
         assert second.is_alive(), "its turn has come, but the CPUs are taken"
         freed = time.monotonic()
     finally:
+        started()
         ray.cancel(holder, force=True)
     second.join(PATIENCE_SECONDS)
     assert not second.is_alive() and after[-1] > freed

@@ -15,7 +15,7 @@ import pytest
 import ray
 import torch
 import yaml
-from cluster import Cluster
+from cluster import PATIENCE_SECONDS, Cluster, assert_all_is_free
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, build, load_run_config, load_sweep_config
@@ -44,25 +44,13 @@ def sweep(**values):
     return build(SweepConfig, {"base": BASE, "space": RATE, "search": "random", **values}, "the test")
 
 
-def assert_all_is_free(cpus=2.0, seconds=120):
-    """Every placement group is gone and every CPU free, at the latest after `seconds`."""
-    end = time.monotonic() + seconds
-    while True:
-        groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
-        free = ray.available_resources().get("CPU", 0.0)
-        if not groups and free == cpus:
-            return
-        assert time.monotonic() < end, (groups, free)
-        time.sleep(0.5)
-
-
 def test_a_trial_that_is_tried_again_loses_its_dead_runs_group_and_keeps_its_own(ray_cluster, tmp_path):
     place = Place(str(tmp_path / RUNS / "trial"))
     place.local.mkdir(parents=True)
     watch = Watch(sweep(samples=1), tmp_path, None)
     dead, own = (placement_group([{"CPU": 1}]) for _ in range(2))
     try:
-        ray.get([dead.ready(), own.ready()])
+        ray.get([dead.ready(), own.ready()], timeout=PATIENCE_SECONDS)
         place.write(GROUP_FILE, dead.id.hex())
         watch.recovers(SimpleNamespace(trial_id="trial"))
         place.write(GROUP_FILE, own.id.hex())
@@ -232,11 +220,13 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_loses_no_finished_trial(tin
     command = [sys.executable, "-c", code, "tune", "--config", file, "--store", tiny_store, "--out", out]
     driver = subprocess.Popen([str(part) for part in command], start_new_session=True)
     end = time.monotonic() + PATIENCE_SECONDS
-    while len(list(out.glob("runs/*"))) < 3:  # the third trial has begun, so two are finished
-        assert driver.poll() is None and time.monotonic() < end
-        time.sleep(0.2)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+    try:
+        while len(list(out.glob("runs/*"))) < 3:  # the third trial has begun, so two are finished
+            assert driver.poll() is None and time.monotonic() < end
+            time.sleep(0.2)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
     begun = [run for run in out.glob("runs/*") if (run / "metrics.jsonl").is_file()]
     finished = [run for run in begun if any(row["step"] == 4 for row in rows_of(run / "metrics.jsonl"))]
     assert len(finished) >= 2

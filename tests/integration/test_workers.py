@@ -39,9 +39,12 @@ def mean_gradients(store_path, step, rank, workers, token_budget):
     return {"theta": mean.prompt, "rates": mean.inner_rates, **phi, "metrics": torch.stack(list(metrics.values()))}
 
 
-def worker(rank, store_path, folder, port):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def meet(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+
+def worker(rank, store_path, folder):
+    meet(rank, folder)
     for step in STEPS:
         save_file(mean_gradients(store_path, step, rank, 2, 4096), folder / f"{step}-{rank}.safetensors")
     torch.distributed.destroy_process_group()
@@ -50,9 +53,8 @@ def worker(rank, store_path, folder, port):
     os._exit(0)
 
 
-def beginner(rank, folder, port):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def beginner(rank, folder):
+    meet(rank, folder)
     try:
         with begun_together(torch.device("cpu")):
             if rank:
@@ -69,23 +71,15 @@ def beginner(rank, folder, port):
 
 
 def test_what_one_worker_refuses_ends_all(tmp_path):
-    torch.multiprocessing.spawn(beginner, (tmp_path, free_port()), nprocs=2)
+    torch.multiprocessing.spawn(beginner, (tmp_path,), nprocs=2, daemon=True)
     assert (tmp_path / "0").read_text() == "RefusedElsewhere()"
     assert "no store on this node" in (tmp_path / "1").read_text()
     for rank in (0, 1):
         assert "found snapshots of different steps, 3 to 6" in (tmp_path / f"step-{rank}").read_text()
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_workers_and_micro_batches_agree_with_one_worker(tiny_store, tmp_path):
-    torch.multiprocessing.spawn(worker, (tiny_store, tmp_path, free_port()), nprocs=2)
+    torch.multiprocessing.spawn(worker, (tiny_store, tmp_path), nprocs=2, daemon=True)
     for step in STEPS:
         one = mean_gradients(tiny_store, step, 0, 1, 1 << 20)
         micro = mean_gradients(tiny_store, step, 0, 1, 200)
@@ -93,4 +87,4 @@ def test_two_workers_and_micro_batches_agree_with_one_worker(tiny_store, tmp_pat
         for name, expected in one.items():
             scale = max(1.0, float(expected.abs().max()))
             for found in (micro, two, other):
-                assert float((found[name] - expected).abs().max()) / scale < 1e-6, (step, name)
+                assert float((found[name] - expected).abs().max()) / scale < 1e-5, (step, name)

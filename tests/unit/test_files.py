@@ -21,11 +21,13 @@ with held(Path({str(folder)!r}), "a run"):
     input()
 """
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="a run is going on"), held(folder, "a run"):
-        pass
-    other.kill()
-    other.wait()
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="a run is going on"), held(folder, "a run"):
+            pass
+    finally:
+        other.kill()
+        other.wait()
     # Killed, it could not tidy up; its lock ended with it.
     with held(folder, "a run"):
         pass

@@ -90,7 +90,7 @@ def test_bfloat16_is_close_to_float32_on_the_same_weights(name):
     expected = run(LibraryForward(copy.deepcopy(model).float()), embeddings, layout)
     found = run(forward_of(model), embeddings, layout)
     assert found[0].dtype == torch.float32
-    for own, wanted, allowed in zip(found, expected, (1e-2, 1e-2, 5e-2), strict=True):
+    for own, wanted, allowed in zip(found, expected, (2e-2, 2e-2, 1e-1), strict=True):
         assert (own - wanted).norm() / wanted.norm() < allowed
 
 
