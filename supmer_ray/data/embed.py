@@ -23,8 +23,10 @@ from supmer_ray.files import Place
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
+    from torch import Tensor
 
     from supmer_ray.model.backbone import Backbone
+    from supmer_ray.model.packed import Layout
 
 STRETCH = 512
 """Rows of sentences that one file of embeddings covers."""
@@ -60,14 +62,25 @@ def mean_pooled(backbone: Backbone, inputs: Sequence[np.ndarray], tokens_per_bat
     examples = Examples.of(inputs, [[backbone.closing]] * len(inputs))
     for chosen in micro_batches(examples.lengths, 0, tokens_per_batch):
         rows = collate(examples, chosen, pad=backbone.pad, start=backbone.start, device=backbone.device)
-        with torch.inference_mode():
+        # What the backbone makes once, the gradient of a later prompt may need: no inference mode.
+        with torch.no_grad():
             states = backbone.encode(backbone.embed(rows.input_ids), rows.layout)
-            sums = [
-                own[:keys].sum(dim=0, dtype=torch.float32) / keys
-                for own, keys in zip(states.split(rows.layout.widths), rows.layout.keys, strict=True)
-            ]
-            result[chosen] = torch.stack(sums).cpu().numpy()
+            result[chosen] = _means(states, rows.layout).cpu().numpy()
     return result
+
+
+def _means(states: Tensor, layout: Layout) -> Tensor:
+    """Packed (N, d) → (B, d) float32: the mean over each example's keys."""
+    import torch
+
+    if layout.equal:  # as on a GPU, where a kernel for each example would take as long as the forward
+        rectangle, held = layout.rectangle(states)
+        if held is None:
+            return rectangle.mean(dim=1, dtype=torch.float32)
+        weights = held / held.sum(dim=1, keepdim=True)
+        return torch.einsum("bl,bld->bd", weights, rectangle.float())
+    parts = zip(states.split(layout.widths), layout.keys, strict=True)
+    return torch.stack([own[:keys].mean(dim=0, dtype=torch.float32) for own, keys in parts])
 
 
 def stretch_rows(stretch: int, sentences: int) -> range:

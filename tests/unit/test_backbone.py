@@ -4,11 +4,13 @@ import sys
 import time
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from tiny import make_tiny_bart, make_tiny_t5
 from transformers import AutoModelForSeq2SeqLM
 
+from supmer_ray.data.embed import _means, mean_pooled
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import _spread, load_backbone
 from supmer_ray.model.packed import Layout
@@ -31,6 +33,25 @@ def test_a_t5_answers_at_its_sentinels(folder):
     assert (backbone.prefix, backbone.suffix) == ([], [backbone.tokenizer.eos_token_id])
     assert backbone.max_positions is None
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+def test_a_backbone_that_has_embedded_sentences_still_gives_gradients(folder):
+    backbone = load_backbone(str(folder))
+    inputs = [np.array(backbone.tokenizer(text)["input_ids"]) for text in TEXTS[:2]]
+    vectors = mean_pooled(backbone, inputs, 100)
+    for ids, vector in zip(inputs, vectors, strict=True):
+        states = backbone.encode(backbone.embed(torch.tensor(ids)), Layout((len(ids),), (len(ids),)))
+        np.testing.assert_allclose(states.mean(dim=0).numpy(), vector, atol=1e-6)
+    x = backbone.embed(torch.tensor(inputs[0])).requires_grad_()
+    backbone.encode(x, Layout((len(x),), (len(x),))).sum().backward()
+    assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("keys", [(5, 5, 5), (5, 2, 4)])
+def test_a_mean_over_examples_of_one_width_leaves_padding_out(keys):
+    states, layout = torch.randn(15, 8), Layout((5, 5, 5), keys)
+    wanted = torch.stack([own[:key].mean(dim=0) for own, key in zip(states.split(5), keys, strict=True)])
+    torch.testing.assert_close(_means(states, layout), wanted)
 
 
 def test_the_fingerprint_knows_the_weights_and_not_the_precision(folder, tmp_path):
