@@ -148,7 +148,9 @@ class WorkersConfig(_Section):
     precision: Precision | None = Field(
         None, description="of the frozen weights; unset: bfloat16 on a GPU, float32 on a CPU"
     )
-    tokens_per_micro_batch: int = Field(4096, ge=64, description="encoder tokens, prompt included")
+    tokens_per_micro_batch: int | None = Field(
+        None, ge=64, description="encoder tokens, prompt included; unset: 4096 on a CPU, 16384 on a GPU"
+    )
     checkpoint_activations: bool = Field(
         False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
     )
@@ -433,7 +435,9 @@ class EvaluateConfig(_Section):
     precision: Precision | None = Field(
         None, description="of the frozen weights in adaptation; unset: bfloat16 on a GPU, float32 on a CPU"
     )
-    tokens_per_micro_batch: int = Field(4096, ge=64, description="encoder tokens, prompt included")
+    tokens_per_micro_batch: int | None = Field(
+        None, ge=64, description="encoder tokens, prompt included; unset: 4096 on a CPU, 16384 on a GPU"
+    )
     adapt: AdaptConfig = AdaptConfig()
     run: RunConfig = RunConfig()
     prepare: PrepareConfig | None = Field(None, description="how to make the store where none is given")

@@ -25,10 +25,15 @@ def main() -> int:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, report)
+        _write(options, report)
         print(f"\nJSON: {options.out}")
     return 0
+
+
+def _write(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.out, report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--support", type=int, default=16, help="support examples a task")
     parser.add_argument("--query", type=int, default=16, help="query examples a task")
     parser.add_argument("--max-length", type=int, default=412, help="what the baseline pads to")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch of our step")
+    parser.add_argument("--tokens", type=int, help="of a micro-batch of our step; unset: what suits the device")
     parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), help="of our frozen weights")
     parser.add_argument("--repeats", type=int, default=5, help="alternating rounds; the median counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +96,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.gpu:
         from supmer_ray.benchmark.gpu import measure_gpu
 
-        report["gpu"] = measure_gpu(options, print)
+        report["gpu"] = measure_gpu(options, print, lambda found: _write(options, {**report, "gpu": found}))
         print_steps(report["gpu"]["steps"])
     asked = (options.data, options.fewshot, options.scaling, options.embed, options.prepare, options.gpu)
     if not any(asked):

@@ -92,7 +92,7 @@ def _packing_seconds(builder: TaskBuilder, backbone: Backbone, step: int) -> flo
     batch = builder.shard(step, 0, 1)
     started = time.process_time()
     for examples in (batch.support, batch.query, batch.partner):
-        for index in micro_batches(examples.lengths, RUN["prompt"]["length"], 4096):
+        for index in micro_batches(examples.lengths, RUN["prompt"]["length"], backbone.token_budget):
             collate(examples, index, pad=backbone.pad, start=backbone.start, device=backbone.device)
     return time.process_time() - started
 
@@ -135,10 +135,10 @@ def measure_embedding(path: Path, device: str, say: Callable[[str], None]) -> di
     budget = TOKENS_PER_BATCH[torch.device(device).type]
     mean = tokens // len(inputs)
     bare_layout = Layout((mean,) * (budget // mean), (mean,) * (budget // mean))
-    bare_input = torch.zeros(bare_layout.positions, backbone.d_model, device=device)
+    bare_input = backbone.embed(torch.full((bare_layout.positions,), backbone.pad, device=device))
     passes = max(1, tokens // bare_layout.positions)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def bare() -> None:
         for _ in range(passes):
             backbone.encode(bare_input, bare_layout)

@@ -100,13 +100,13 @@ def adapt(
     runs: Sequence[AdaptRun],
     config: AdaptConfig,
     *,
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> list[AdaptResult]:
     """Adapt every run's prompt and choose its best step on its dev split.
 
     Args:
-        token_budget: padded tokens of a micro-batch, prompt included.
+        token_budget: padded tokens of a micro-batch, prompt included; unset: what suits the device.
 
     Returns:
         One result for each run, in order.
@@ -162,7 +162,7 @@ def score(
     examples: Sequence[Examples],
     verbalizer_ids: Sequence[np.ndarray],
     *,
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> list[np.ndarray]:
     """Probability of every word that answers, of every run, for its own examples.
@@ -181,17 +181,20 @@ def score(
     # A run with fewer labels repeats its first one in the places that are then masked out.
     ids = torch.tensor([[*own, *[own[0]] * (labels - len(own))] for own in verbalizer_ids], device=backbone.device)
     absent = torch.tensor([[number >= len(own) for number in range(labels)] for own in verbalizer_ids]).to(ids.device)
-    result = np.empty((len(rows), labels))
-    done = 0
+    cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget or backbone.token_budget)
+    found, done = [], 0
     with torch.no_grad():
-        for chosen in micro_batches(pool.lengths[rows], prompts.shape[1], token_budget):
+        for chosen in cuts:
             batch = pool.collate(backbone, rows[chosen], task[chosen], prompts.shape[1])
-            logits = answer_logits(backbone, *encode_prompted(backbone, prompts, batch)).double()
-            own = logits.gather(1, ids[batch.task]).masked_fill(absent[batch.task], -torch.inf)
-            result[chosen] = own.softmax(dim=1).cpu().numpy()
+            logits = answer_logits(backbone, *encode_prompted(backbone, prompts, batch))
+            own = logits.gather(1, ids[batch.task]).double().masked_fill(absent[batch.task], -torch.inf)
+            # On the device until all are there: a GPU is not waited for between micro-batches.
+            found.append(own.softmax(dim=1))
             done += len(chosen)
             if progress:
                 progress("test", done, len(rows))
+    result = np.empty((len(rows), labels))
+    result[np.concatenate(cuts)] = torch.cat(found).cpu().numpy()
     return [result[task == run, : len(own)] for run, own in enumerate(verbalizer_ids)]
 
 
@@ -201,7 +204,7 @@ def run_gradients(
     pool: _Pool,
     drawn: Sequence[np.ndarray],
     *,
-    token_budget: int,
+    token_budget: int | None,
     answers_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g (runs, P, d), h (runs, d) and the mean losses (runs,) of each run's own batch.
@@ -212,7 +215,7 @@ def run_gradients(
     """
     rows, task = pool.rows(drawn)
     sizes = torch.tensor([len(numbers) for numbers in drawn], device=prompts.device)
-    cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget)
+    cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget or backbone.token_budget)
     batches = (pool.collate(backbone, rows[chosen], task[chosen], prompts.shape[1]) for chosen in cuts)
     return prompt_gradients(backbone, prompts, batches, sizes, answers_only=answers_only)
 
@@ -282,7 +285,7 @@ def accuracy_and_loss(probabilities: np.ndarray, answers: np.ndarray) -> tuple[f
 
 
 def _test_accuracies(
-    backbone: Backbone, runs: Sequence[AdaptRun], prompts: Tensor, token_budget: int, progress: Progress | None
+    backbone: Backbone, runs: Sequence[AdaptRun], prompts: Tensor, token_budget: int | None, progress: Progress | None
 ) -> list[float | None]:
     accuracies: list[float | None] = [None] * len(runs)
     tested = [(number, run, run.test) for number, run in enumerate(runs) if run.test is not None]

@@ -126,7 +126,7 @@ def predict(
     *,
     overwrite: bool = False,
     backbone: Backbone | None = None,
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Label the rows of a CSV, JSONL or Parquet file.

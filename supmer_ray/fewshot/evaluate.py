@@ -105,7 +105,7 @@ def evaluate_method(
     prompt_length: int = 10,
     vocabulary_rows: int = 5000,
     pattern: int = 0,
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """Adapt on `source` with every seed, and test on every target.
@@ -227,7 +227,7 @@ def _runs(
 
 
 def _accuracies(
-    backbone: Backbone, prompts: Tensor, runs: Sequence[AdaptRun], splits: Sequence[Split], token_budget: int
+    backbone: Backbone, prompts: Tensor, runs: Sequence[AdaptRun], splits: Sequence[Split], token_budget: int | None
 ) -> list[list[float]]:
     """For each run the accuracy on each split, with its row of `prompts` (runs, P, d)."""
     words = [run.verbalizer_ids for run in runs]
@@ -243,7 +243,7 @@ def _prompts(
     runs: Sequence[AdaptRun],
     splits: Sequence[Split],
     config: AdaptConfig,
-    token_budget: int,
+    token_budget: int | None,
     progress: Progress | None,
 ) -> list[_Learned]:
     results = adapt(backbone, runs, config, token_budget=token_budget, progress=progress)
@@ -253,7 +253,7 @@ def _prompts(
 
 
 def _weights(
-    backbone: Backbone, runs: Sequence[AdaptRun], splits: Sequence[Split], config: AdaptConfig, token_budget: int
+    backbone: Backbone, runs: Sequence[AdaptRun], splits: Sequence[Split], config: AdaptConfig, token_budget: int | None
 ) -> list[_Learned]:
     learned = []
     for run in runs:  # each has a language model of its own, so one after the other
@@ -264,7 +264,7 @@ def _weights(
 
 
 def _nothing(
-    backbone: Backbone, runs: Sequence[AdaptRun], splits: Sequence[Split], token_budget: int
+    backbone: Backbone, runs: Sequence[AdaptRun], splits: Sequence[Split], token_budget: int | None
 ) -> list[_Learned]:
     none = runs[0].prompt[None].to(backbone.device)  # (1, 0, d): all runs are the same model
     [found] = _accuracies(backbone, none, runs[:1], [*splits, *(run.dev for run in runs)], token_budget)
@@ -279,7 +279,7 @@ def _probes(
     draws: Sequence[FewShotDraw],
     tests: Sequence[pd.DataFrame],
     config: AdaptConfig,
-    token_budget: int,
+    token_budget: int | None,
 ) -> list[_Learned]:
     limit = input_limit(backbone, 0, config.max_length)
 

@@ -20,7 +20,7 @@ from supmer_ray.tasks.batch import collate
 
 
 def finetune(
-    backbone: Backbone, run: AdaptRun, config: AdaptConfig, *, token_budget: int = 4096
+    backbone: Backbone, run: AdaptRun, config: AdaptConfig, *, token_budget: int | None = None
 ) -> tuple[Backbone, Evaluation]:
     """Tune a copy of the language model in single precision and keep its best step.
 
@@ -46,7 +46,7 @@ def finetune(
     best, kept = evaluate(0), _weights(tuned)
     for step in range(1, config.steps + 1):
         drawn = next(batches)
-        for part in micro_batches(examples.lengths[drawn], prompt.shape[1], token_budget):
+        for part in micro_batches(examples.lengths[drawn], prompt.shape[1], token_budget or backbone.token_budget):
             rows = collate(examples, drawn[part], pad=tuned.pad, start=tuned.start, device=tuned.device)
             states, layout = encode_prompted(tuned, prompt, rows)
             losses = label_losses(tuned, states, layout, rows, answers_only=config.loss == "answers")

@@ -25,7 +25,12 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 def features(
-    backbone: Backbone, definition: TaskDefinition, frame: pd.DataFrame, *, max_length: int, token_budget: int = 4096
+    backbone: Backbone,
+    definition: TaskDefinition,
+    frame: pd.DataFrame,
+    *,
+    max_length: int,
+    token_budget: int | None = None,
 ) -> np.ndarray:
     """(n, features) float64 of the rows' text fields.
 
@@ -65,8 +70,8 @@ def parameters(classifier: Pipeline) -> int:
     return int(line.coef_.size + line.intercept_.size)
 
 
-def _mean_states(backbone: Backbone, texts: Sequence[str], max_length: int, token_budget: int) -> np.ndarray:
+def _mean_states(backbone: Backbone, texts: Sequence[str], max_length: int, token_budget: int | None) -> np.ndarray:
     """(n, d): the mean of the encoder's states over a text's positions, frame included."""
     room = max_length - len(backbone.prefix) - len(backbone.suffix)
     inputs = [[*backbone.prefix, *ids[:room], *backbone.suffix] for ids in backbone.tokenize(texts)]
-    return mean_pooled(backbone, [np.array(ids) for ids in inputs], token_budget)
+    return mean_pooled(backbone, [np.array(ids) for ids in inputs], token_budget or backbone.token_budget)

@@ -81,7 +81,7 @@ class MetaStep:
         regularizer: ψ_φ, or `IdentityRegularizer`.
         second_order: differentiate through the inner gradients too (exact MAML).
         answers_only: losses tell a task's answers from each other and not from all words.
-        token_budget: encoder tokens of a micro-batch, prompts included.
+        token_budget: encoder tokens of a micro-batch, prompts included; unset: what suits the device.
 
     Raises:
         UserError: second order with weights in bfloat16.
@@ -94,7 +94,7 @@ class MetaStep:
         *,
         second_order: bool = False,
         answers_only: bool = False,
-        token_budget: int = 4096,
+        token_budget: int | None = None,
     ) -> None:
         if second_order and backbone.dtype == torch.bfloat16:
             raise UserError(
@@ -104,7 +104,7 @@ class MetaStep:
         self.regularizer = regularizer
         self.second_order = second_order
         self.answers_only = answers_only
-        self.token_budget = token_budget
+        self.token_budget = token_budget or backbone.token_budget
 
     def __call__(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch, mixing: np.ndarray) -> MetaGradients:
         """One meta-step.

@@ -73,6 +73,10 @@ class Backbone:
 
     def __init__(self, model: Any, tokenizer: Any, name: str, forward: Forward | None = None) -> None:
         model.eval().requires_grad_(False)
+        if model.device.type == "cuda":
+            # Torch would choose cuDNN's attention first, whose gradient is NaN behind some masks (pytorch#196678), and
+            # which fails where it has no plan for a shape instead of leaving it to another kernel.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -109,6 +113,11 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch, prompts included, that suit the device: many where small kernels leave it idle."""
+        return 16384 if self.device.type == "cuda" else 4096
 
     @property
     def dtype(self) -> torch.dtype:

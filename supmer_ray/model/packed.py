@@ -117,15 +117,18 @@ def half_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
 
 
-def decoding_modules(*modules: torch.nn.Module) -> list[Any]:
-    """The decoder and its head as they should compute: copies in float32 where they are bfloat16 on a CPU.
+def decoding_modules(decoder: torch.nn.Module, head: torch.nn.Module) -> list[Any]:
+    """The decoder and its head as they should compute: in float32 where they are bfloat16, on a GPU the head alone.
 
     They see a few positions only, so single precision costs little there; and of logits near 20, eight bits would leave
-    steps of a tenth.
+    steps of a tenth, and ties between answers.
     """
-    if not half_on_cpu(next(modules[-1].parameters())):
-        return list(modules)
-    return list(copy.deepcopy(torch.nn.ModuleList(modules)).float())
+    weight = next(head.parameters())
+    if weight.dtype != torch.bfloat16:
+        return [decoder, head]
+    if not half_on_cpu(weight):
+        return [decoder, copy.deepcopy(head).float()]
+    return list(copy.deepcopy(torch.nn.ModuleList([decoder, head])).float())
 
 
 def attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, scale: float) -> Tensor:
@@ -145,7 +148,7 @@ def attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, s
     found = []
     sizes = [count * width for count, width, _ in layout.groups]
     for part, (count, width, keys) in zip(qkv.split(sizes), layout.groups, strict=True):
-        q, k, v = part.view(count, width, 3, heads, inner // heads).permute(2, 0, 3, 1, 4)
+        q, k, v = _apart(part, count, heads)
         k, v = k[:, :, :keys], v[:, :, :keys]
         own = None if bias is None else bias[:, :, :width, :keys]
         if half_on_cpu(qkv):
@@ -156,13 +159,20 @@ def attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, s
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
+def _apart(qkv: Tensor, count: int, heads: int) -> list[Tensor]:
+    """Queries, keys and values (count, heads, width, w) of examples of equal width, as views."""
+    # Taken apart in this order, their gradients are put side by side in one copy.
+    parts = qkv.view(count, -1, 3, heads, qkv.shape[1] // (3 * heads)).unbind(2)
+    return [part.transpose(1, 2) for part in parts]
+
+
 def _padded_attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, scale: float) -> Tensor:
     """One group for all: a further feature, 1 in each query and very negative in each padded key, is the mask.
 
     A mask beside a bias would have to be held for every example and head.
     """
     count, width, inner = len(layout), layout.widths[0], qkv.shape[1] // 3
-    q, k, v = qkv.view(count, width, 3, heads, inner // heads).permute(2, 0, 3, 1, 4)
+    q, k, v = _apart(qkv, count, heads)
     feature = (layout.absent(qkv) / scale)[:, None, :, None].expand(-1, heads, -1, 1)
     nothing = qkv.new_zeros(()).expand(count, heads, width, ALIGNMENT - 1)
     q = torch.cat([q, qkv.new_ones(()).expand(count, heads, width, 1), nothing], dim=-1)

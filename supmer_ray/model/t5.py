@@ -9,12 +9,14 @@ mT5 (gated or not, tied or not).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, rms_norm
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
 from supmer_ray.model.packed import (
     Layout,
@@ -25,6 +27,8 @@ from supmer_ray.model.packed import (
     pooled_cross_attention,
     product,
 )
+
+_GELU_NEW = partial(gelu, approximate="tanh")
 
 BIAS_STEP = 64
 """The shared position bias grows by this many positions at a time."""
@@ -93,6 +97,10 @@ class T5Forward:
         x = self._norm(x, self._decoder.final_layer_norm) * self._output_scale
         return product(x, self._head.weight).view(count, steps, -1)
 
+    def constants(self) -> list[Tensor]:
+        """What it has made of the weights at its first use, and keeps."""
+        return [*self._merged.values(), *([] if self._bias is None else [self._bias])]
+
     def _encoder_block(self, block: Any, x: Tensor, layout: Layout, bias: Tensor) -> Tensor:
         own, feed = block.layer
         attend = own.SelfAttention
@@ -105,13 +113,17 @@ class T5Forward:
             # The library takes the variance in float32 even here, and numbers recorded with it hold that rounding.
             return norm(x)
         # Products read what comes out, in the precision of the weights.
+        if fused_norm(x, norm.weight) and not self.compiled:
+            return rms_norm(x, x.shape[-1:], norm.weight, self._eps)
         return _RootMeanSquare.apply(x, norm.weight, self._eps, self.compiled)
 
     def _feed_forward(self, x: Tensor, layer: Any) -> Tensor:
         dense = layer.DenseReluDense
         normed = self._norm(x, layer.layer_norm)
         if hasattr(dense, "wi_0"):
-            inner = dense.act(product(normed, dense.wi_0.weight)) * product(normed, dense.wi_1.weight)
+            # The library writes this activation as eight operations, each of which keeps its result.
+            act = _GELU_NEW if isinstance(dense.act, NewGELUActivation) else dense.act
+            inner = act(product(normed, dense.wi_0.weight)) * product(normed, dense.wi_1.weight)
         else:
             inner = product(normed, dense.wi.weight)
             inner = torch.relu_(inner) if isinstance(dense.act, torch.nn.ReLU) else dense.act(inner)
@@ -137,6 +149,11 @@ class T5Forward:
             # A CPU computes scores in float32 whatever the weights are.
             self._bias = (bias.float() if half_on_cpu(bias) else bias).contiguous()
         return self._bias
+
+
+def fused_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own norm is one kernel there, with sums in float32: bfloat16 throughout on a GPU."""
+    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
 
 
 class _RootMeanSquare(torch.autograd.Function):

@@ -82,6 +82,16 @@ def test_float32_is_within_1e_5_of_the_library(name):
         assert (found - wanted).norm() / wanted.norm() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["t5", "t5 v1.1"])
+def test_the_norm_that_a_gpu_takes_is_the_same_norm(name, monkeypatch):
+    model, layout = make(name), LAYOUTS["different"]
+    embeddings = torch.randn(layout.positions, D)
+    expected = run(forward_of(model), embeddings, layout)
+    monkeypatch.setattr("supmer_ray.model.t5.fused_norm", lambda x, weight: True)
+    for found, wanted in zip(run(forward_of(model), embeddings, layout), expected, strict=True):
+        assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_close_to_float32_on_the_same_weights(name):
     """What rounding the factors of products to eight bits costs: more in the gradient, where it flips relus too."""
