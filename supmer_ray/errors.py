@@ -8,6 +8,7 @@ callers may catch it. Everything else that escapes is a bug and keeps its traceb
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,6 +49,18 @@ def require_path(folder: Path) -> None:
         )
 
 
+def require_writable(output: Path) -> None:
+    """
+    Raises:
+        UserError: a file or a folder of this name cannot be made.
+    """
+    where = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
+    if output != where and not where.is_dir():
+        raise UserError(f"Cannot write into {output}: {where} is a file; name another.")
+    if not os.access(where, os.W_OK):
+        raise UserError(f"Cannot write into {output}: {where} may not be written to; name another.")
+
+
 def require_one_way(*, overwrite: bool, resume: bool) -> None:
     """
     Raises:
@@ -74,6 +87,7 @@ def require_new_folder(
     require_one_way(overwrite=overwrite, resume=resume)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
+    require_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
         raise UserError(f"The output folder {folder} already holds a run; choose another, or add {ways}.")

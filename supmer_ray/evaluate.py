@@ -28,11 +28,12 @@ import torch
 from ray.exceptions import RayTaskError
 
 from supmer_ray.cluster import connect
-from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig
+from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig, RunConfig, build
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, Store, read_manifest
-from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.fewshot.comparison import gaps, markdown, summarize
+from supmer_ray.errors import UserError, nearest, require_new_folder
+from supmer_ray.fewshot import builtin
+from supmer_ray.fewshot.comparison import AVERAGE, gaps, markdown, summarize
 from supmer_ray.fewshot.definition import load_definition
 from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
 from supmer_ray.fewshot.method import Method, changed
@@ -141,7 +142,7 @@ class Plan:
         key, where = self.curve.key, f"curve '{self.curve.name}'"
         points = []
         for value in self.curve.values:
-            label = f"{key.split('.', 1)[1]} = {value}"
+            label = f"{key.split('.', 1)[1]} = {_shown(value)}"
             if key.startswith("prepare.") and (self.config.prepare is None or self.store):
                 raise UserError(
                     f"The {where} makes a store for each value; write --set prepare.sources=[…] and leave --store out."
@@ -161,10 +162,18 @@ class Plan:
             for method in self.methods
         ]
 
-    def inputs(self) -> dict[str, Place | None]:
+    def inputs(self, rows: Mapping[str, TaskRows]) -> dict[str, list[Place]]:
         """The files and folders that were given, by what they are."""
-        checkpoints = {f"checkpoint for '{name}'": place for name, place in self.given.items()}
-        return {**checkpoints, "store": self.store, "data folder": Place.of(self.data) if self.data else None}
+        inputs = {f"checkpoint for '{name}'": [place] for name, place in self.given.items()}
+        inputs["store"] = [self.store] if self.store else []
+        inputs["data folder"] = [Place.of(self.data)] if self.data else []
+        for name, task in rows.items():
+            own = builtin.own_file(name)
+            files = [*([own] if own else []), *task.definition.data.places()]
+            inputs[f"file for task '{task.definition.name}'"] = [Place.of(file) for file in files]
+        sources = self.config.prepare.sources if self.config.prepare else ()
+        inputs["source"] = [Place.of(name) for name in sources if Path(name).exists()]
+        return inputs
 
     def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:
         """All of it as JSON, with the tasks that `rows` holds; a resumed evaluation must have the same."""
@@ -178,16 +187,33 @@ class Plan:
             "methods": [method.model_dump(mode="json") for method in self.methods],
             "config": self.config.model_dump(mode="json"),
             "seeds": self.seeds,
-            "curve": self.curve.model_dump(mode="json") if self.curve else None,
+            "curve": {**self.curve.model_dump(mode="json"), "values": _shown(self.curve.values)}
+            if self.curve
+            else None,
             "store": {"place": str(self.store.resolved), "digest": read_manifest(self.store).digest}
             if self.store
             else None,
             "checkpoints": given,
+            "backbone": _weights(self.config.backbone),
             "data": str(self.data.resolve()) if self.data else None,
         }
         if self.config.prepare:
             values["config"]["prepare"]["sources"] = [without_keys(name) for name in self.config.prepare.sources]
         return json.loads(json.dumps(values))
+
+
+def _shown(value: Any) -> Any:
+    """A curve's value as names and files may have it: without the keys of a source."""
+    if isinstance(value, str):
+        return without_keys(value)
+    return [_shown(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _weights(backbone: str) -> dict[str, str]:
+    """Digests of the files of a backbone in a folder of the user's, which may change; of others nothing."""
+    folder = Path(backbone)
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) if folder.is_dir() else []
+    return {file.name: str(Place.of(folder).digest(file.name)) for file in files}
 
 
 def evaluate(
@@ -212,9 +238,9 @@ def evaluate(
     """
     out = Path(out).absolute()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
-    if overwrite:
-        require_outside(Place.of(out), plan.inputs())
     rows = _read_tasks(plan)
+    if overwrite:
+        require_outside(Place.of(out), plan.inputs(rows))
     description = plan.description(rows)
     if resume:
         _require_same(out, description)
@@ -265,11 +291,30 @@ def _read_tasks(plan: Plan) -> dict[str, TaskRows]:
 def _check(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
     """Refuse now what a cell would refuse later: labels, too few rows, settings, missing checkpoints."""
     _once([rows[name].definition.name for name in rows], "tasks of the comparison")
+    if AVERAGE in [one.definition.name for one in rows.values()]:
+        raise UserError(f"A task is named '{AVERAGE}', as the tables name the mean of all; give it another name.")
+    names = [method.name for method in plan.methods]
+    if plan.config.baseline not in (*names, EvaluateConfig().baseline):
+        raise UserError(
+            f"The baseline '{plan.config.baseline}' is none of the methods; {nearest(plan.config.baseline, names)}"
+        )
+    usual = PrepareConfig.model_fields["backbone"].default
+    if plan.config.prepare and plan.config.prepare.backbone not in (plan.config.backbone, usual):
+        raise UserError(
+            f"prepare.backbone is '{plan.config.prepare.backbone}', but the comparison is on '{plan.config.backbone}'; "
+            "write --set backbone= alone."
+        )
     _once([_task_name(entry.train) for entry in plan.suite.tasks], "entries of the comparison")
     for cell in plan.cells():
         source = rows[cell.entry.train]
         for target in cell.entry.targets:
             require_same_labels(source.definition, rows[target].definition)
+            texts = [len(one.definition.texts) for one in (source, rows[target])]
+            if cell.method.learns == "probe" and texts[0] != texts[1]:
+                raise UserError(
+                    f"Task '{source.definition.name}' has {texts[0]} texts a row and '{rows[target].definition.name}' "
+                    f"has {texts[1]}, so a probe of the one says nothing of the other; leave '{cell.method.name}' out."
+                )
         draw(source.definition, source.frames, cell.config().shots, 0)
     for point in plan.points():
         for method in plan.methods:
@@ -309,7 +354,13 @@ def _check_origin(plan: Plan, point: Point, method: Method) -> None:
             f"The curve varies '{point.label}', which belongs to meta-training, so method '{method.name}' cannot take "
             "one checkpoint for all; leave --checkpoint out."
         )
-    length = read_sealed(given, "a checkpoint")["run"]["prompt"]["length"]
+    made = build(RunConfig, read_sealed(given, "a checkpoint")["run"], str(given))
+    if method.run_config(made) != made:
+        raise UserError(
+            f"The checkpoint {given} was not meta-trained as method '{method.name}' says "
+            f"({', '.join(method.meta or ())}); name the one of such a run, or leave it out."
+        )
+    length = made.prompt.length
     if length != config.prompt.length:
         raise UserError(
             f"The checkpoint {given} holds a prompt of {length} rows, but the prompts that are compared with it have "
@@ -355,8 +406,8 @@ def _run_cells(
         return
     resources = connect()
     gpus = 1 if resources.gpus >= 1 else 0
-    # Few cells on many cores: each gets several threads.
-    threads = max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
+    # Few cells on many cores: each gets several threads, but with a GPU one, as its node may have few.
+    threads = 1 if gpus else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
     remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=gpus)
     tasks = {name: ray.put(task) for name, task in rows.items()}
     title, running = "Adapting and testing", {}

@@ -49,6 +49,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }
 
 
@@ -156,9 +157,13 @@ def differences(rows: pd.DataFrame, baseline: str) -> Figure:
     table = summarize(rows, baseline)
     last = table[table["point"] == table["point"].iloc[-1]]
     averaged = (last["train"] == AVERAGE).any()
-    table = last[last["train"] == AVERAGE] if averaged else last[last["train"] == last["test"]]
+    inside = last[last["train"] == last["test"]]
+    table = last[last["train"] == AVERAGE] if averaged else last if inside.empty else inside
     table = table[(table["method"] != baseline) & table["difference"].notna()]
-    lines = [one["method"] if averaged else f"{one['method']}, {one['test']}" for _, one in table.iterrows()]
+    lines = [
+        one["method"] if averaged else f"{one['method']}, {_pair(one['train'], one['test'])}"
+        for _, one in table.iterrows()
+    ]
     figure, axes = _figure(1.1 + 0.3 * len(lines))
     middle = table["difference"].to_numpy()
     low = np.where(table["low"].isna(), middle, table["low"])
@@ -171,6 +176,10 @@ def differences(rows: pd.DataFrame, baseline: str) -> Figure:
     axes.set_ylim(-0.6, len(lines) - 0.4)
     _labels(axes, f"points above {baseline}" + (", average of the tasks" if averaged else ""), "")
     return figure
+
+
+def _pair(train: str, test: str) -> str:
+    return test if train == test else f"{train}\n→ {test}"
 
 
 def accuracies(rows: pd.DataFrame) -> Figure:
@@ -190,7 +199,7 @@ def accuracies(rows: pd.DataFrame) -> Figure:
         )  # fmt: skip
     axes.set_yticks(
         starts - pitch * (len(methods) - 1) / 2,
-        [test if train == test else f"{train}\n→ {test}" for train, test in pairs],
+        [_pair(train, test) for train, test in pairs],
     )
     axes.set_ylim(starts[-1] - block + pitch, pitch)
     axes.grid(axis="y", visible=False)
@@ -206,6 +215,7 @@ def curves(rows: pd.DataFrame, key: str, values: Sequence[Any]) -> Figure:
     figure, axes = _figure(3.2)
     points = list(dict.fromkeys(rows["point"]))
     inside = rows[rows["train"] == rows["test"]]
+    inside = rows if inside.empty else inside
     for number, method in enumerate(dict.fromkeys(rows["method"])):
         own = inside[inside["method"] == method].groupby(["point", "seed"])["test_accuracy"].mean().groupby("point")
         mean, spread = 100 * own.mean().reindex(points), 100 * own.std().reindex(points).fillna(0)

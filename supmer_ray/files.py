@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,20 +385,22 @@ def read_sealed(where: Where, what: str, name: str = "config.json") -> dict[str,
     return description
 
 
-def require_outside(out: Place, inputs: Mapping[str, Place | None]) -> None:
+def require_outside(out: Place, inputs: Mapping[str, Iterable[Place]]) -> None:
     """Refuse to replace an output that holds what the command is to read.
 
     Args:
-        inputs: what each is ("store") → where it lies.
+        inputs: what they are ("store") → where they lie.
 
     Raises:
         UserError: one of them lies within `out`, links followed.
     """
-    for what, place in inputs.items():
-        if place is not None and place.lies_within(out):
-            raise UserError(
-                f"The {what} {place} lies within the output {out}, which --overwrite would delete; name another output."
-            )
+    for what, places in inputs.items():
+        for place in places:
+            if place.lies_within(out):
+                raise UserError(
+                    f"The {what} {place} lies within the output {out}, which --overwrite would delete; name another "
+                    "output."
+                )
 
 
 def require_new_place(

@@ -28,7 +28,7 @@ from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.evaluate import DESCRIPTION, RESULTS
 from supmer_ray.fewshot.comparison import gaps, probability, summarize
-from supmer_ray.files import Place, Where, whole_folder
+from supmer_ray.files import Place, Where, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.train import CONFIG_FILE
 
@@ -67,6 +67,8 @@ def report(folders: Sequence[Where], out: Path, *, overwrite: bool = False) -> P
     require_new_folder(out, overwrite=overwrite, marker=PAGE)
     if not folders:
         raise UserError("Name at least one run or evaluation to report on.")
+    if overwrite:
+        require_outside(Place.of(out), {"run or evaluation": [Place.of(folder) for folder in folders]})
     sections = []
     for number, folder in enumerate(folders):
         prefix = f"{number + 1}-" if len(folders) > 1 else ""

@@ -88,7 +88,7 @@ def train(
     if resume:
         _require_same_run(place, config, store, opened.manifest.digest)
     if overwrite:
-        require_outside(place, {"store": store})
+        require_outside(place, {"store": [store]})
     with nullcontext() if place.remote else held(place.local, "a run"):
         resources = connect()
         require_room(resources, config.workers)

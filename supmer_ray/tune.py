@@ -85,7 +85,7 @@ def tune(
     }
     started = _require_same_sweep(out, settings) if resume else {}
     if overwrite:
-        require_outside(Place(str(out)), {"store": store})
+        require_outside(Place(str(out)), {"store": [store]})
     with held(out, "a sweep"):
         resources = connect()
         gpu = resources.has_gpus_for(config.base.workers)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from supmer_ray.config import AdaptConfig, build
-from supmer_ray.errors import UserError, require_new_folder, require_path
+from supmer_ray.errors import UserError, require_new_folder, require_path, require_writable
 from supmer_ray.fewshot.adapt import Progress, score
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
@@ -144,6 +144,9 @@ def predict(
     """
     require_path(output_file)
     require_ending(output_file)
+    require_writable(output_file)
+    if output_file.is_dir():
+        raise UserError(f"The output {output_file} is a folder; name a file.")
     if output_file.exists() and not overwrite:
         raise UserError(f"The output {output_file} exists; choose another name, or add --overwrite to replace it.")
     adapted = load_adapted(adapted_folder)

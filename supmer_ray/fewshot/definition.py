@@ -110,6 +110,12 @@ class DataSource(_Section):
             raise ValueError("name exactly one of catalog, files, dataset and published")
         return self
 
+    def places(self) -> list[Path]:
+        """The files and folders of the user's that the rows come from."""
+        if own := self.files or self.published:
+            return [own.train, own.test]
+        return [Path(self.dataset.name)] if self.dataset and Path(self.dataset.name).is_dir() else []
+
 
 class TaskDefinition(_Section):
     """A labelled task: what to read and how to ask the language model about it.
@@ -252,10 +258,11 @@ class TaskDefinition(_Section):
             frame = frame[frame[column].map(str).isin(values)]
         if frame.empty:
             raise UserError(f"No row of {where} passes the 'where' of task '{self.name}'; mend its values.")
+        numbers = frame.index + 1  # as the file counts its rows
         frame = frame.reset_index(drop=True)[[*self.texts, self.label]]
-        missing = frame[self.label].isna()
+        missing = frame[self.label].isna() | (frame[self.label].map(str) == "")
         if missing.any():
-            row = int(missing.to_numpy().argmax()) + 1
+            row = numbers[missing.to_numpy().argmax()]
             raise UserError(f"Row {row} of {where} has no '{self.label}'; give it a label or leave the row out.")
         texts = field_texts(frame, self.texts, where)
         texts[self.label] = frame[self.label].map(str)
@@ -269,13 +276,13 @@ class TaskDefinition(_Section):
                 else ("verbalizer", "WORD' under verbalizers")
             )
             raise UserError(
-                f"Row {row + 1} of {where} has the label '{label}', which has no {what} in task '{self.name}'; "
+                f"Row {numbers[row]} of {where} has the label '{label}', which has no {what} in task '{self.name}'; "
                 f"add a line '{label}: {line} (it has: {', '.join(self.labels)})."
             )
         for label, column in self.candidates.items():
             empty = (texts[self.label] == label) & ~texts[column].str.strip().astype(bool)
             if empty.any():
-                row = int(empty.to_numpy().argmax()) + 1
+                row = numbers[empty.to_numpy().argmax()]
                 raise UserError(
                     f"Row {row} of {where} has the label '{label}', but its candidate '{column}' is empty; mend it."
                 )
@@ -370,7 +377,7 @@ def _read_dataset(source: DatasetSplits, label: str) -> dict[str, tuple[pd.DataF
             splits = datasets.load_from_disk(str(folder))
         else:
             splits = datasets.load_dataset(source.name, source.config)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"Cannot read the data set '{source.name}' ({first_line(error)}); check its name and config and that the "
             "hub can be reached, or give the rows as files."
@@ -384,6 +391,9 @@ def _read_dataset(source: DatasetSplits, label: str) -> dict[str, tuple[pd.DataF
         names = getattr(rows.features.get(label), "names", None)
         if names:
             # A class label is stored as its number; −1 stands for a label that is kept secret.
-            frame[label] = [names[number] if number >= 0 else str(number) for number in frame[label]]
+            frame[label] = [
+                None if pd.isna(number) else names[int(number)] if number >= 0 else str(int(number))
+                for number in frame[label]
+            ]
         frames[split] = (frame, f"data set '{source.name}', split {name}")
     return frames

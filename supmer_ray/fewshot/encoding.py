@@ -181,7 +181,7 @@ class TaskEncoder:
         for candidate in self.definition.candidates.values() or [None]:
             columns = []
             for spaced, name in slots:
-                place = (spaced, str(candidate if name == CANDIDATE else name))
+                place = (spaced, str(candidate if candidate is not None and name == CANDIDATE else name))
                 if place not in tokens:
                     tokens[place] = self._tokenize(texts[place[1]].tolist(), spaced=spaced)
                 columns.append(tokens[place])

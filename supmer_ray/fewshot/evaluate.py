@@ -37,6 +37,7 @@ from supmer_ray.fewshot.finetune import finetune
 from supmer_ray.fewshot.method import Method
 from supmer_ray.fewshot.probe import features, parameters, probe
 from supmer_ray.fewshot.sampling import FewShotDraw, draw, test_rows
+from supmer_ray.files import Place, require_outside
 from supmer_ray.meta.state import Checkpoint
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer
@@ -310,6 +311,8 @@ def adapt_task(
 ) -> AdaptResult:
     """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`."""
     require_new_folder(out, overwrite=overwrite, marker=RECORD)
+    if overwrite:
+        require_outside(Place.of(out), {"file of the task": map(Place.of, definition.data.places())})
     rows = len(checkpoint.prompt) if checkpoint else prompt_length
     encoder = _encoder(backbone, definition, input_limit(backbone, rows, config.max_length), 0)
     drawn = draw(definition, definition.read(), config.shots, seed, config.max_test)

@@ -5,6 +5,7 @@ Cells keep what the file says: a CSV cell stays text ("NA", "007"), a JSON integ
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_table(file: Path) -> pd.DataFrame:
     ending = require_ending(file)
     try:
         if ending == ".csv":
-            frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+            frame = _read_csv(file)
             if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much for row names
                 raise UserError(f"{file} has rows with more cells than its header; put a text with commas in quotes.")
         elif ending == ".jsonl":
@@ -49,6 +50,8 @@ def read_table(file: Path) -> pd.DataFrame:
         else:
             # Arrow types survive the round trip: integers with nulls would else come back as floats.
             frame = pd.read_parquet(file, dtype_backend="pyarrow")
+            if frame.index.names != [None]:  # a column that pandas stored as row names
+                frame = frame.reset_index()
     except FileNotFoundError:
         raise UserError(f"There is no file {file}; check the path.") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -95,9 +98,18 @@ def read_headerless(file: Path, header: tuple[str, ...]) -> pd.DataFrame:
     return frame.set_axis(list(header), axis=1)
 
 
+def _read_csv(file: Path) -> pd.DataFrame:
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    [header] = pd.read_csv(file, header=None, nrows=1, **options).to_numpy().tolist()
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise UserError(f"{file} has two columns named '{twice}'; rename one.")
+    # With one column an empty line is a row, an empty text.
+    return pd.read_csv(file, skip_blank_lines=len(header) > 1, **options)
+
+
 def _read_jsonl(file: Path) -> pd.DataFrame:
     records: list[dict[str, Any]] = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -107,6 +119,10 @@ def _read_jsonl(file: Path) -> pd.DataFrame:
                 raise UserError(f"Line {number} of {file} is not JSON; write one JSON object a line.") from None
             if not isinstance(record, dict):
                 raise UserError(f"Line {number} of {file} is a JSON {type(record).__name__}; write an object.")
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"Line {number} of {file} holds half of a character, cut in two; mend it.") from None
             records.append(record)
     return pd.DataFrame(records, dtype=object)
 
@@ -131,7 +147,9 @@ def write_table(frame: pd.DataFrame, file: Path) -> None:
     ending = require_ending(file)
     with whole_file(file) as partial:
         if ending == ".csv":
-            frame.to_csv(partial, index=False)
+            # Nothing but quotes keeps a carriage return within its cell, and pandas sets none for it.
+            returns = any("\r" in cell for column in frame for cell in frame[column] if isinstance(cell, str))
+            frame.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
         elif ending == ".jsonl":
             # Fifteen digits, the most that pandas writes.
             layout = {"orient": "records", "lines": True, "date_format": "iso", "double_precision": 15}

@@ -228,7 +228,7 @@ def load_checkpoint(where: Where, backbone: Backbone) -> Checkpoint:
     if made_for["fingerprint"] != backbone.fingerprint:
         raise UserError(
             f"The checkpoint {place} was made for the backbone '{made_for['name']}', not for '{backbone.name}' "
-            f"(other weights); use --backbone {made_for['name']}, or meta-train for this one."
+            f"(other weights); compare or adapt on that backbone, or meta-train for this one."
         )
     config = build(RunConfig, description["run"], str(place / "config.json"))
     prompt = _tensors(place, "prompt.safetensors")["prompt"].to(backbone.device)

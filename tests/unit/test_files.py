@@ -99,10 +99,10 @@ def test_a_uri_is_no_path(tmp_path):
 
 def test_no_output_is_replaced_that_holds_an_input(tmp_path):
     out, other = Place.of(tmp_path / "out"), Place.of(tmp_path / "output")
-    require_outside(out, {"store": other, "checkpoint": None, "data": Place("s3://bucket/out")})
+    require_outside(out, {"store": [other], "checkpoint": [], "data": [Place("s3://bucket/out")]})
     with pytest.raises(UserError, match=r"^The store .*/out/store lies within the output .*/out, which --overwrite"):
-        require_outside(out, {"store": Place.of(tmp_path / "other" / ".." / "out" / "store")})
+        require_outside(out, {"store": [other, Place.of(tmp_path / "other" / ".." / "out" / "store")]})
     runs = Place("s3://KEY:SECRET@bucket/runs?region=us-east-1")
-    require_outside(runs, {"store": Place("s3://bucket/runs-2/store")})
+    require_outside(runs, {"store": [Place("s3://bucket/runs-2/store")]})
     with pytest.raises(UserError, match=r"^The store s3://bucket/runs/store lies within the output s3://bucket/runs, "):
-        require_outside(runs, {"store": Place("s3://bucket/runs/store")})
+        require_outside(runs, {"store": [Place("s3://bucket/runs/store")]})
