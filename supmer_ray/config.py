@@ -10,6 +10,7 @@ Defaults are the reference's values (SUPMER, appendix A) unless a comment says o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
@@ -34,7 +35,17 @@ or the task's own answers alone, where the word of the answer stands."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_is_a_number(cls, values: Any) -> Any:
+        """YAML reads a bare yes as true, which would count as 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and not {bool, Any} & {field.annotation, *get_args(field.annotation)}:
+                raise ValueError(f"'{name}' is {str(value).lower()}; write a number or a word")
+        return values
 
 
 class PromptConfig(_Section):
@@ -80,8 +91,8 @@ class TasksConfig(_Section):
         for name, weight in self.mixture.items():
             if name not in TASK_TYPES:
                 raise ValueError(f"unknown task type '{name}'; {nearest(name, TASK_TYPES)}")
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"the weight of '{name}' is {weight}; weights are 0 or more, and finite")
+            if weight < 0:
+                raise ValueError(f"the weight of '{name}' is {weight}; weights are 0 or more")
         if sum(self.mixture.values()) <= 0:
             raise ValueError("every weight is 0; give at least one task type a positive weight")
         return self
@@ -240,10 +251,20 @@ class DimensionConfig(_Section):
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """Values that span the dimension, to check them against the schema."""
+        """Values that span the dimension."""
         if self.simplex:
             return ({name: 1.0 for name in self.simplex},)
         return self.uniform or self.loguniform or self.int_ or self.choice or ()
+
+    @property
+    def samples(self) -> tuple[Any, ...]:
+        """Values to check against the schema: the ends, all whole numbers between them, or a fraction between them."""
+        if self.int_ and self.int_[1] - self.int_[0] < 1000:
+            return tuple(range(self.int_[0], self.int_[1] + 1))
+        if self.uniform or self.loguniform:
+            low, high = self.ends
+            return low, low + (high - low) / math.pi, high
+        return self.ends
 
 
 class AdaptConfig(_Section):
@@ -324,7 +345,7 @@ class SweepConfig(_Section):
     def _makes_sense(self) -> SweepConfig:
         for key, dimension in self.space.items():
             self._check_key(key, dimension)
-            for value in dimension.ends:
+            for value in dimension.samples:
                 self._check_value(key, value)
         if self.search == "pbt":
             if self.pbt is None:
@@ -517,6 +538,28 @@ def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise UserError(
+                f"the key '{twice}' stands twice below line {node.start_mark.line + 1}; keep one of the two."
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parsed(text: str) -> Any:
+    return yaml.load(text, _Yaml)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML mapping from `file`.
 
@@ -524,9 +567,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
         UserError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = _parsed(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror or error}.") from None
+    except UserError as error:
+        raise UserError(f"In {file} {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f" near line {line + 1}" if line is not None else ""
@@ -550,7 +595,7 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
         if not equals or not key.strip():
             raise UserError(f"--set {assignment} has no '='; write --set key=value, for example --set meta.steps=500.")
         try:
-            result = assign(result, key.strip(), yaml.safe_load(text))
+            result = assign(result, key.strip(), _parsed(text))
         except KeyError as error:
             raise UserError(f"--set {assignment}: '{error.args[0]}' is a value, not a section.") from None
         except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
@@ -580,6 +625,10 @@ def load_run_config(
     """The run's configuration from a YAML file (or `defaults`, or the schema's) and `--set` overrides."""
     values = read_yaml(file) if file else defaults or {}
     where = str(file) if file else "the command line"
+    assignments = list(assignments)
+    if any(one.strip().startswith("tasks.mixture.") for one in assignments):
+        # One weight is set among the others, not alone.
+        values = assign(values, "tasks.mixture", (values.get("tasks") or {}).get("mixture") or TasksConfig().mixture)
     return build(RunConfig, override(values, assignments), where)
 
 

@@ -125,6 +125,8 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None
             num_workers=workers.count,
             use_gpu=gpu,
             resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if gpu else {})},
+            # GPUs want the short way between them. A worker on CPUs shares its node's with the others that are there.
+            placement_strategy="PACK" if gpu else "SPREAD",
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -205,8 +207,9 @@ def _conclude(place: Place) -> TrainResult:
         raise UserError(sentence)
     if not snapshots:
         raise RuntimeError(f"The run in {place} ended without a checkpoint.")
-    last = snapshots[0]
-    read_sealed(place / last.path.rpartition("/")[2], "a checkpoint")
+    last = next(filter(partial(_is_whole, place), snapshots), None)
+    if last is None:
+        raise UserError(f"No snapshot of the run in {place} is whole; start it anew with --overwrite.")
     if place.remote:
         filesystem, path = place.filesystem()
         copy_files(last.path, f"{path}/{CHECKPOINT}", source_filesystem=filesystem, destination_filesystem=filesystem)
@@ -214,6 +217,15 @@ def _conclude(place: Place) -> TrainResult:
         with whole_folder(place.local / CHECKPOINT) as folder:
             copy_files(last.path, str(folder))
     return TrainResult(place)
+
+
+def _is_whole(run: Place, snapshot: Any) -> bool:
+    """Whether all of a snapshot is there: a full disk or a kill may have cut one short."""
+    try:
+        read_sealed(run / snapshot.path.rpartition("/")[2], "a snapshot")
+    except UserError:
+        return False
+    return True
 
 
 @contextmanager

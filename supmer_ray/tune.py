@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from ray import tune as ray_tune
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from supmer_ray.cluster import BUILDER_CPUS, Resources, connect, require_room
 from supmer_ray.config import RunConfig, SweepConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError, require_new_folder
 from supmer_ray.files import Place, Where, held, require_outside, whole_file, write_json
+from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.sweep.space import Within, columns_of, run_config, settings_of, space
 from supmer_ray.sweep.trial import DRIVER_CPUS, Trial, make_objective, validation_types
 from supmer_ray.sweep.watch import Listener, Progress, Watch, sigterm_as_sigint, watching
@@ -86,6 +88,7 @@ def tune(
     started = _require_same_sweep(out, settings) if resume else {}
     if overwrite:
         require_outside(Place(str(out)), {"store": [store]})
+    require_loggers(config.base.monitoring.loggers, Place(str(out)))
     with held(out, "a sweep"):
         resources = connect()
         gpu = resources.has_gpus_for(config.base.workers)
@@ -185,10 +188,18 @@ def _tuner(config: SweepConfig, trial: Trial, *, resume: bool) -> ray_tune.Tuner
             verbose=0,
             # A run of its own has its own restarts; what is left to retry is the loss of its driver.
             failure_config=ray_tune.FailureConfig(max_failures=failures if workers.count == 1 else min(1, failures)),
-            checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=4 if config.pbt else 2),
+            checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=_kept(config)),
             callbacks=[Listener()],
         ),
     )
+
+
+def _kept(config: SweepConfig) -> int:
+    """Snapshots that a trial keeps; in a population one that lags may ask for those of the exchange before.
+
+    Ray Tune notes a snapshot twice where it is handed on, and removes it with the first of the two.
+    """
+    return 2 if config.pbt is None else 4 + 2 * -(-config.pbt.every_steps // config.base.schedule.validate_every)
 
 
 def _trial_folder(trial: Any) -> str:
@@ -210,7 +221,7 @@ def _searcher(config: SweepConfig, at_a_time: int) -> Any:
 
 
 def _scheduler(config: SweepConfig) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     if config.asha:
         return ASHAScheduler(
@@ -220,7 +231,8 @@ def _scheduler(config: SweepConfig) -> Any:
             reduction_factor=config.asha.reduction,
         )
     if config.pbt:
-        return PopulationBasedTraining(
+        return Population(
+            config.base.meta.steps,
             time_attr="step",
             perturbation_interval=config.pbt.every_steps,
             hyperparam_mutations={
@@ -233,6 +245,22 @@ def _scheduler(config: SweepConfig) -> Any:
             log_config=False,
         )
     return FIFOScheduler()
+
+
+class Population(PopulationBasedTraining):
+    """Exchanges settings and snapshots among trials that have steps left to make with them.
+
+    At its last step a trial that takes turns with others is paused and not finished, and would be given another's.
+    """
+
+    def __init__(self, steps: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._steps = steps
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result["step"] >= self._steps:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
 
 
 def trials_table(config: SweepConfig, results: Sequence[ray_tune.Result]) -> pd.DataFrame:
@@ -257,7 +285,8 @@ def trials_table(config: SweepConfig, results: Sequence[ray_tune.Result]) -> pd.
                 "objective": metrics.get("objective"),
                 **reported,
                 "seconds": metrics.get("time_total_s"),
-                "checkpoint": result.checkpoint.path if result.checkpoint else None,
+                # A trial of several workers tells where Ray Train has put its snapshot.
+                "checkpoint": result.checkpoint.path if result.checkpoint else metrics.get("checkpoint_path"),
                 "sentence": metrics.get("refused") or (str(result.error) if result.error else None),
                 **columns_of(settings_of(config, result.config or {})),
             }

@@ -87,7 +87,10 @@ class Learner:
             [draw_mixing(config.meta.curriculum, similarity, config.seed, first + i) for i in range(len(batch))]
         )
         rates = self.state.inner_rates()
-        found = self.step(self.state.prompt, rates, batch, lambdas[batch.query.task])
+        mixing = lambdas[batch.query.task]
+        found = self.step(self.state.prompt, rates, batch, mixing)
+        encoded = len(rates) * batch.support.lengths.sum() + batch.query.lengths.sum()
+        encoded += batch.partner.lengths[mixing < 1].sum()  # at λ = 1 a query's partner is never read
         mean, figures, asked = reduce_sums(found, float(lambdas.sum()), stop)
         found.marks.append(self.step.mark())
         norms = self.state.gradient_norms(mean)
@@ -117,6 +120,7 @@ class Learner:
             **metrics,
             "running_similarity": progress.similarity,
             "skipped": progress.skipped,
+            "tokens": int(encoded),
             **{f"{phase}_seconds": value for phase, value in found.seconds().items()},
         }
 
@@ -361,7 +365,6 @@ def meta_train(plan: RunPlan, host: Host) -> None:
                 **metrics,
                 "step_seconds": seconds,
                 "data_wait_seconds": waited,
-                "tokens": int(batch.support.offsets[-1] + batch.query.offsets[-1] + batch.partner.offsets[-1]),
             }
             if reached:
                 record.write({"kind": "start", "step": done, "reached": {**reached, "step": time.time()}})

@@ -2,7 +2,16 @@
 
 import pytest
 
-from supmer_ray.config import AdaptConfig, RunConfig, build, load_run_config, override, read_yaml
+from supmer_ray.config import (
+    AdaptConfig,
+    RunConfig,
+    SweepConfig,
+    TasksConfig,
+    build,
+    load_run_config,
+    override,
+    read_yaml,
+)
 from supmer_ray.errors import UserError
 
 
@@ -29,7 +38,7 @@ def test_defaults_are_the_papers():
         ("tasks.mixture={nps: 1}", r"unknown task type 'nps'; did you mean"),
         ("tasks.mixture={nsp: 0}", r"every weight is 0"),
         ("tasks.mixture={nsp: -2}", r"weights are 0 or more"),
-        ("tasks.mixture={nsp: .nan}", r"weights are 0 or more, and finite"),
+        ("tasks.mixture={nsp: .nan}", r"a finite number, not nan"),
         ("meta.inner_rate=many", r"Impossible value for 'meta\.inner_rate' in .*, not 'many'"),
         ("seed=2026-99-99", r"'2026-99-99' is not a YAML value"),
         ("meta.learn_inner_rates=true", r"learn_inner_rates needs a starting inner_rate"),
@@ -37,6 +46,9 @@ def test_defaults_are_the_papers():
         ("prompt.length", r"has no '='"),
         ("seed.x.y=1", r"Impossible value for 'seed'"),
         ("meta.steps.x=1", r"Impossible value for 'meta\.steps'"),
+        ("meta.steps=yes", r"'steps' is true; write a number or a word"),
+        ("workers.cpus=.inf", r"'workers\.cpus'.*finite"),
+        ("meta={steps: 3, steps: 4}", r"the key 'steps' stands twice"),
     ],
 )
 def test_one_sentence_for_each_mistake(assignment, sentence):
@@ -82,3 +94,22 @@ def test_a_configuration_survives_json():
     config = load_run_config(None, ["meta.inner_steps=2", "meta.inner_rate=[0.1, 0.2]"])
     assert build(RunConfig, config.model_dump(mode="json"), "here") == config
     assert AdaptConfig().shots == 16
+
+
+def test_yaml_is_read_as_people_write_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("meta: {prompt_rate: 1e-4, regularizer_rate: 2E-3}\nworkers: {gpu: no}\n")
+    config = load_run_config(file)
+    assert (config.meta.prompt_rate, config.meta.regularizer_rate, config.workers.gpu) == (1e-4, 2e-3, False)
+    space = {"meta.prompt_rate": override({}, ["choice=[1e-4, 0.001]"])}
+    sweep = build(SweepConfig, {"space": space, "samples": 1}, "the test")
+    assert sweep.space["meta.prompt_rate"].choice == (1e-4, 1e-3)
+    file.write_text("meta:\n  steps: 300\nmeta:\n  order: first\n")
+    with pytest.raises(UserError, match=rf"In {file} the key 'meta' stands twice"):
+        load_run_config(file)
+
+
+def test_one_weight_is_set_among_the_others():
+    assert load_run_config(None, ["tasks.mixture.nsp=2"]).tasks.mixture == {**TasksConfig().mixture, "nsp": 2.0}
+    alone = load_run_config(None, ["tasks.mixture.sck=1"], {"tasks": {"mixture": {"nsp": 1}}})
+    assert alone.tasks.mixture == {"nsp": 1.0, "sck": 1.0}

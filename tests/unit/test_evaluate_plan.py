@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from supmer_ray import embedded
 from supmer_ray.config import EvaluateConfig, build
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import DESCRIPTION, Plan, _note, _read_tasks, _require_same, evaluate
@@ -120,3 +121,63 @@ def test_the_note_says_the_shots_that_were_used():
     lowered = _note(make_plan("rte", few), {})
     assert "K = 8 or 16 examples a class to train on and as many for the dev split (cb: at most 8), " in lowered
     assert "K = 8 examples a class to train on and as many for the dev split, " in _note(make_plan(few), {})
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes", "sentence"),
+    [
+        (["zero-shot"], {"baseline": "zero-shott"}, r"baseline 'zero-shott' is none of the methods; did you mean"),
+        (["zero-shot"], {"prepare": {"sources": ["bbc"], "backbone": "t5-base"}}, r"prepare\.backbone is 't5-base'"),
+    ],
+)
+def test_settings_that_contradict_are_refused(own_task, tmp_path, methods, changes, sentence):
+    plan = make_plan(own_task(), methods=methods, adapt={"shots": 1}, **changes)
+    with pytest.raises(UserError, match=sentence):
+        evaluate(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_of_the_method_that_it_is_given_for(own_task, tmp_path):
+    ten = {"prompt": {"length": 10}}
+    plan = make_plan(own_task(), methods=["supmer", "no-psi"], adapt={"shots": 1}, run=ten)
+    plan = replace(plan, checkpoints={"supmer": embedded.LEARNED, "no-psi": embedded.LEARNED})
+    with pytest.raises(UserError, match=r"was not meta-trained as method 'no-psi' says \(regularizer\.enabled\)"):
+        evaluate(plan, tmp_path / "out")
+
+
+def test_a_probe_wants_as_many_texts_in_both_tasks(own_task, tmp_path):
+    one = own_task()
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_text("title,text,label\na,b,0\nc,d,1\ne,f,0\ng,h,1\n")
+    values = yaml.safe_load((tmp_path / "own.yaml").read_text())
+    values |= {"name": "two", "fields": ["title", "text"]}
+    (folder / "two.yaml").write_text(yaml.safe_dump(values))
+    transfer = {"train": one, "test": [str(folder / "two.yaml")]}
+    with pytest.raises(UserError, match=r"'own' has 1 texts a row and 'two' has 2.*leave 'linear-probe' out"):
+        evaluate(make_plan(transfer, methods=["linear-probe"], adapt={"shots": 1}), tmp_path / "out")
+
+
+def test_overwriting_leaves_the_files_of_a_task_alone(own_task, tmp_path):
+    task = own_task()
+    (tmp_path / DESCRIPTION).write_text("{}")
+    with pytest.raises(UserError, match=r"The file for task 'own' .*own\.yaml lies within the output"):
+        evaluate(make_plan(task, adapt={"shots": 1}), tmp_path, overwrite=True)
+    assert (tmp_path / "train.csv").is_file()
+
+
+def test_a_backbone_in_a_folder_is_told_apart_by_its_weights(own_task, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    plan = make_plan(own_task(), backbone=str(folder))
+    (folder / "model.safetensors").write_bytes(b"one")
+    before = plan.description(_read_tasks(plan))
+    (folder / "model.safetensors").write_bytes(b"other")
+    assert plan.description(_read_tasks(plan)) != before
+
+
+def test_no_key_of_a_curve_s_source_is_shown():
+    plan = sources(["s3://KEY:SECRET@bucket/a"], ["s3://KEY:SECRET@bucket/b"])
+    assert "SECRET" not in str([point.label for point in plan.points()]) + str([cell.name for cell in plan.cells()])
+    assert "SECRET" not in json.dumps(plan.description({}))

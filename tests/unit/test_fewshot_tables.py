@@ -1,0 +1,52 @@
+"""Tables in and out: cells stay what the file says, and what cannot be read is one sentence."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from supmer_ray.errors import UserError
+from supmer_ray.fewshot.tables import read_table, write_table
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", 'a "b", c', "007", "NA", ""])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_texts_come_back_as_they_were(tmp_path, text, ending):
+    frame = pd.DataFrame({"text": [text, "c"], "n": ["1", "2"]})
+    write_table(frame, tmp_path / f"rows{ending}")
+    found = read_table(tmp_path / f"rows{ending}")
+    assert found.astype(str).to_numpy().tolist() == [[text, "1"], ["c", "2"]]
+
+
+def test_an_empty_line_of_one_column_is_an_empty_text(tmp_path):
+    (tmp_path / "one.csv").write_text("text\na\n\nb\n")
+    assert read_table(tmp_path / "one.csv")["text"].tolist() == ["a", "", "b"]
+    (tmp_path / "two.csv").write_text("text,n\na,1\n\nb,2\n")
+    assert read_table(tmp_path / "two.csv")["text"].tolist() == ["a", "b"]
+
+
+def test_a_stored_index_is_a_column(tmp_path):
+    pd.DataFrame({"id": [7, 9], "text": ["a", "b"]}).set_index("id").to_parquet(tmp_path / "rows.parquet")
+    assert read_table(tmp_path / "rows.parquet").to_numpy().tolist() == [[7, "a"], [9, "b"]]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, ending):
+    text = "text,n\na,1\n" if ending == ".csv" else json.dumps({"text": "a", "n": 1})
+    (tmp_path / f"rows{ending}").write_text(text, encoding="utf-8-sig")
+    assert list(read_table(tmp_path / f"rows{ending}").columns) == ["text", "n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.csv", "text,label,text\na,1,b\n", r"two columns named 'text'; rename one"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud83d"}\n', r"^Line 2 of .* holds half of a character"),
+        ("a.csv", "", r"Cannot read"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=sentence) as refused:
+        read_table(tmp_path / name)
+    assert "\n" not in str(refused.value)
