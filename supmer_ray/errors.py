@@ -88,6 +88,8 @@ def require_new_folder(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
     require_writable(folder)
+    if os.path.ismount(folder):
+        raise UserError(f"The output {folder} is a volume, which cannot be replaced as a whole; name a folder in it.")
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
         raise UserError(f"The output folder {folder} already holds a run; choose another, or add {ways}.")

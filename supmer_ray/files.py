@@ -34,7 +34,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     After an exception nothing of it is left and `folder` is as it was.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # what a link leads to is replaced, on its own disk
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     scratch.mkdir()
@@ -127,6 +127,8 @@ def remote_filesystem(uri: str) -> tuple[FileSystem, str]:
     from pyarrow import ArrowException
     from pyarrow.fs import FileSystem
 
+    if "#" in uri:
+        raise UserError(f"The address {without_keys(uri)} holds a '#', which would end it; write %23 for it.")
     if uri.startswith(("gs://", "gcs://")) and "?" not in uri:
         uri += f"?retry_limit_seconds={CLOUD_PATIENCE_S}"
     try:
@@ -313,29 +315,30 @@ class Place:
                     yield folder, shared
         finally:
             with suppress(OSError):  # what made the block end is to be heard of, not this
-                self.parent.delete(shared.name)
+                shared.remove()
 
     def _upload(self, folder: Path, last: str) -> None:
         from pyarrow.fs import copy_files
 
         filesystem, path = self.filesystem()
         try:
-            self.parent.delete(self.name)
+            self.remove()
             for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
                 copy_files(str(file), f"{path}/{file.name}", destination_filesystem=filesystem)
         except OSError as error:
             raise UserError(f"Cannot write to {self} ({first_line(error)}); check the address and the keys.") from None
 
-    def delete(self, name: str) -> None:
-        """Remove a file or a folder, if it is there."""
+    def remove(self) -> None:
+        """Remove what lies here, a folder with all that it holds or a file, if it is there."""
         from pyarrow.fs import FileType
 
+        # Asked of the place itself: in a URI its name may be written otherwise than the folder's (%20).
         filesystem, path = self.filesystem()
-        kind = filesystem.get_file_info(f"{path}/{name}").type
+        kind = filesystem.get_file_info(path).type
         if kind == FileType.Directory:
-            filesystem.delete_dir(f"{path}/{name}")
+            filesystem.delete_dir(path)
         elif kind == FileType.File:
-            filesystem.delete_file(f"{path}/{name}")
+            filesystem.delete_file(path)
 
     def listed(self) -> list[str]:
         """The names of what lies here, sorted; nothing where there is no such folder."""

@@ -93,13 +93,13 @@ def train(
         resources = connect()
         require_room(resources, config.workers)
         if overwrite:
-            place.parent.delete(place.name)
+            place.remove()
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
         digest = opened.manifest.digest
         settings = {"store": str(store), "store_digest": digest, "config": config.model_dump(mode="json")}
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
         for left in (REFUSAL_FILE, STOP_FILE):
-            place.delete(left)
+            (place / left).remove()
         gpu = resources.has_gpus_for(config.workers)
         started = take_turn(config.workers, partial(_notice, progress), gpu=gpu)
         _fit(RunPlan(config, store, place), gpu, progress, started)
@@ -203,7 +203,7 @@ def _conclude(place: Place) -> TrainResult:
     if sentence is not None:
         # What has made steps is kept: its metrics show what went wrong.
         if not snapshots and '"kind": "step"' not in (place.read(METRICS_FILE) or ""):
-            place.parent.delete(place.name)
+            place.remove()
         raise UserError(sentence)
     if not snapshots:
         raise RuntimeError(f"The run in {place} ended without a checkpoint.")
@@ -284,7 +284,7 @@ def _forget_damaged_notes(place: Place) -> None:
     except (json.JSONDecodeError, KeyError, TypeError):
         whole = False
     if not whole:
-        place.delete(note)
+        (place / note).remove()
 
 
 def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) -> None:

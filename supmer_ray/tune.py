@@ -101,7 +101,7 @@ def tune(
                 "would keep each other from building; resume it on as large a cluster as it was started on."
             )
         if overwrite:
-            Place(str(out.parent)).delete(out.name)
+            Place(str(out)).remove()
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SWEEP_FILE, {**settings, "at_a_time": at_a_time})
         trial = Trial(config, store, out, objective, types, at_a_time, gpu)

@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,7 @@ from supmer_ray.data.store import (
     write_manifest,
 )
 from supmer_ray.errors import UserError, first_line
-from supmer_ray.files import Place, Where, require_new_place, without_keys
+from supmer_ray.files import Place, Where, held, require_new_place, require_outside, without_keys
 
 WordTokens = tuple[np.ndarray, np.ndarray]
 """Which tokens of a vocabulary begin a word, and which go on with one: what `Backbone.word_tokens` gives."""
@@ -56,8 +56,7 @@ Progress = Callable[[str, int, int | None, str], None]
 """Called as (stage, done, total or None, unit) whenever a batch has arrived."""
 
 ITEMS_A_DOMAIN = 20
-"""A family needs this many items for each domain on average: the fewer a domain holds, the more of them a task repeats,
-so that its query set asks what its support set has shown.
+"""A family needs this many items for each domain on average: the fewer a domain holds, the more of them a set repeats.
 """
 
 PAIR_SHARE = 0.1
@@ -93,11 +92,15 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
     place = Place.of(out)
     require_new_place(place, overwrite=overwrite, marker=MANIFEST)
     tell = progress or (lambda stage, done, total, unit: None)
+    if overwrite:
+        sources_there, backbone_there = map(_on_disk, (config.sources, [config.backbone]))
+        require_outside(place, {"source": sources_there, "backbone": backbone_there})
     sources = [open_source(name) for name in config.sources]
     _embedding_workers(config.embedders)
     backbone, words = _get(_describe.remote(config.backbone))
 
-    with place.workshop(last=MANIFEST) as (folder, shared):
+    alone = nullcontext() if place.remote else held(place.local, "a preparation")
+    with alone, place.workshop(last=MANIFEST) as (folder, shared):
         with _quiet_data():
             writer, corpus = _write_sentences(sources, config, folder, tell)
         sentences = Sentences(folder)
@@ -119,6 +122,12 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
         )
         write_manifest(folder, manifest)
     return Store.open(place)
+
+
+def _on_disk(names: Sequence[str]) -> list[Place]:
+    """Those that are files or folders of this machine."""
+    paths = [Path(name).expanduser() for name in names if "://" not in name]
+    return [Place.of(path) for path in paths if path.exists()]
 
 
 def _embedding_workers(asked: int | None) -> tuple[int, dict[str, int]]:
@@ -262,6 +271,11 @@ def _item_counts(starts: np.ndarray, domains: int) -> dict[str, int]:
         UserError: the text is too small for the domains asked for.
     """
     counts = {name: count_items(name, starts) for name in FAMILIES}
+    if not counts["ss"]:
+        raise UserError(
+            "The sources hold no sentence of three words or more; words are told apart by spaces, so text in a script "
+            "without them cannot be used."
+        )
     for name in ("nsp", "nss"):
         if counts[name] < PAIR_SHARE * counts["ss"]:
             counts[name] = 0

@@ -70,8 +70,12 @@ def tokenizer_of(backbone: str) -> Tokenize:
     from supmer_ray.embedded import resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(backbone))
+    # A text that spells one out ("[MASK]") must not ask for an answer there.
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special |= {number for piece, number in tokenizer.get_vocab().items() if piece.startswith("<extra_id_")}
 
     def tokenize(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [row if special.isdisjoint(row) else [token for token in row if token not in special] for row in rows]
 
     return tokenize

@@ -37,6 +37,9 @@ from supmer_ray.files import remote_filesystem, without_keys
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 TEXT_FILES_A_PIECE = 256
+CSV_BLOCK_BYTES = 64 * 2**20
+"""What a CSV file is read by: much more than a long document."""
+
 LINES_PIECE_BYTES = 64 * 2**20
 """JSON lines are cut into pieces of this size, so that one large file keeps many workers busy."""
 
@@ -115,6 +118,8 @@ def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]
     """The files under a folder or matching a glob, by path; hidden files and folders, and other formats, left out."""
     if info.type == FileType.Directory:
         root, pattern = path, None
+    elif "**" in path:
+        raise UserError(f"The source '{path}' holds **; name the folder instead, which is read with all below it.")
     elif "*" in path:
         root, pattern = path[: path.index("*")].rpartition("/")[0], path
     else:
@@ -159,7 +164,7 @@ def _file_piece(filesystem: FileSystem, file: FileInfo, column: str) -> Iterator
 
 def _starts_with(filesystem: FileSystem, path: str, mark: bytes) -> bool:
     with filesystem.open_input_file(path) as stream:
-        return stream.read(64).lstrip().startswith(mark)
+        return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(mark)
 
 
 def _dataset_folder(filesystem: FileSystem, path: str) -> str | None:
@@ -299,7 +304,9 @@ class CsvRows:
         as_strings = pa.csv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=False)
         multi_line = pa.csv.ParseOptions(newlines_in_values=True)
         with _readable(self.path), self.filesystem.open_input_stream(self.path) as stream:
-            reader = pa.csv.open_csv(stream, convert_options=as_strings, parse_options=multi_line)
+            # A text must lie within two blocks.
+            blocks = pa.csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
+            reader = pa.csv.open_csv(stream, blocks, convert_options=as_strings, parse_options=multi_line)
             _require_column(self.column, reader.schema, self.path)
             for batch in reader:
                 yield from _strings(batch.column(self.column))

@@ -41,8 +41,15 @@ Item = TypeVar("Item")
 
 @lru_cache(maxsize=1)
 def _open_store(place: Place, digest: str) -> Store:
-    """A Ray worker process builds task after task from the same memory-mapped store, until it is made anew."""
-    return Store.open(place)
+    """A Ray worker process builds task after task from the same memory-mapped store.
+
+    Raises:
+        UserError: it is no longer the store of that digest.
+    """
+    store = Store.open(place)
+    if digest and store.manifest.digest != digest:
+        raise UserError(f"The store {place} was made anew while a run read it; start the run anew.")
+    return store
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def require_domains(store: Store, names: Iterable[str]) -> None:
         UserError: a type lacks domains for a task and its partner, in training or in validation, or documents.
     """
     for name in names:
-        if name in ("nsp", "nss") and store.manifest.documents < 2:
+        if name in ("nsp", "nss") and len(store.document_rows(0)) == len(store):
             raise UserError(
                 f"Task type '{name}' takes sentences of other documents, and the store {store.path} has one document; "
                 f"prepare it from more, or take '{name}' out of tasks.mixture."
@@ -132,9 +132,10 @@ class TaskDraw:
     def examples(self, domains: np.ndarray, sizes: Sequence[int]) -> list[Examples]:
         """Sets of the given sizes over the same domains, each balanced over the answers.
 
-        Items are not repeated between or within the sets while the domains hold enough of them.
+        Items are not repeated within a set while the domains hold enough of them, nor between sets at all, unless a
+        domain cannot give each set `MINIMUM_ITEMS`: else the query would ask what the support has answered.
         """
-        items, others = [self._items(domain) for domain in domains], self._others(domains)
+        shares, others = [self._shares(int(domain), sizes, len(domains)) for domain in domains], self._others(domains)
         vectors = self.family.centroids[domains] if self.name == "scc" else None
         make = getattr(self, f"_{self.name}")
         if self.name == "sck":
@@ -143,7 +144,7 @@ class TaskDraw:
         else:
             words = [self.formats.words[answer] for answer in ANSWERS[self.name]]
         sets = []
-        for size in sizes:
+        for size, items in zip(sizes, zip(*shares, strict=True), strict=True):
             answers = balanced(self.generator, len(words), size)
             inputs = [make(items, int(answer), others) for answer in answers]
             targets = [self.formats.target(words[answer]) for answer in answers]
@@ -158,9 +159,17 @@ class TaskDraw:
             words.append(int(self.generator.choice(own[(own >= 0) & ~np.isin(own, words)])))
         return words
 
-    def _items(self, domain: int) -> Iterator[int]:
-        """The domain's items in random order, again and again, never one twice in a row."""
-        rows = self.family.rows(int(domain), self.split)
+    def _shares(self, domain: int, sizes: Sequence[int], domains: int) -> list[Iterator[int]]:
+        """For each set where its items of a domain come from: the same row of items while it suffices for all."""
+        rows = self.family.rows(domain, self.split)
+        wanted = -(-sum(sizes) // domains) * (2 if self.name in ("scsp", "scss") else 1)
+        if len(rows) >= wanted or len(rows) < MINIMUM_ITEMS * len(sizes):
+            return [self._items(rows)] * len(sizes)
+        parts = np.array_split(self.generator.permutation(rows), len(sizes))
+        return [self._items(part) for part in parts]
+
+    def _items(self, rows: np.ndarray) -> Iterator[int]:
+        """Items in random order, again and again, never one twice in a row."""
         last = None
         while True:
             order = self.generator.permutation(rows)
@@ -198,7 +207,7 @@ class TaskDraw:
         drawn = int(self.generator.integers(before + after))
         return own.start + drawn if drawn < before else last + 1 + drawn - before
 
-    def _nsp(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _nsp(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         first = next(items[0])
         second: int | None = first + 1
         if ANSWERS["nsp"][answer] == "maybe":
@@ -212,7 +221,7 @@ class TaskDraw:
         assert second is not None, "the store keeps pairs of documents with three or more sentences only"
         return self.formats.sentence_pair(self.store.tokens(first), self.store.tokens(second))
 
-    def _nss(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _nss(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         row = next(items[0])
         near = self._same_document(row, row, row + 2)
         assert near is not None, "the store keeps contexts of documents with four or more sentences only"
@@ -221,19 +230,19 @@ class TaskDraw:
         anchor = np.concatenate([self.store.tokens(row), self.store.tokens(row + 1)])
         return self.formats.multiple_choice(anchor, [self.store.tokens(c) for c in candidates])
 
-    def _scsp(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _scsp(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         first = next(items[0])
         second = next(items[0]) if ANSWERS["scsp"][answer] == "yes" else self._other(others)
         return self.formats.sentence_pair(self.store.tokens(first), self.store.tokens(second))
 
-    def _scss(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _scss(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         anchor, right = next(items[0]), next(items[0])
         distractors = [self._other(others) for _ in range(len(LETTERS) - 1)]
         candidates = [*distractors[:answer], right, *distractors[answer:]]
         return self.formats.multiple_choice(self.store.tokens(anchor), [self.store.tokens(c) for c in candidates])
 
-    def _scc(self, items: list[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _scc(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         return self.formats.single_sentence(self.store.tokens(next(items[answer])))
 
-    def _sck(self, items: list[Iterator[int]], answer: int, others: np.ndarray, tail: int) -> list[int]:
+    def _sck(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray, tail: int) -> list[int]:
         return self.formats.sentence_tail(self.store.tokens(next(items[answer])), tail)

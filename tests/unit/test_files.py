@@ -3,18 +3,20 @@
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from supmer_ray.data.store import read_manifest
 from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside
+from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside, whole_folder
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
     folder = tmp_path / "run"
     hold = f"""
 from pathlib import Path
+from urllib.parse import quote
 from supmer_ray.files import held
 with held(Path({str(folder)!r}), "a run"):
     print("held", flush=True)
@@ -54,8 +56,8 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
     require_new_place(place, overwrite=False, resume=True)
     with pytest.raises(UserError, match="already holds a run"):
         require_new_place(place, overwrite=False, resume=False)
-    place.delete("x")
-    place.parent.delete("run")
+    (place / "x").remove()
+    place.remove()
     assert not (tmp_path / "run").exists()
 
     remote = Place("s3://bucket/runs/first/?endpoint_override=localhost:1")
@@ -75,6 +77,40 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
         require_new_place(Place("s3://bucket?endpoint_override=localhost:1"), overwrite=False, resume=False)
     asked = Place(str(tmp_path / "why?" / "run"))
     assert asked.name == "run" and asked.parent.name == "why?", "a path may hold what ends a URI's"
+
+
+@pytest.mark.parametrize("name", ["my run", "a%b"])
+def test_a_place_whose_name_is_written_otherwise_in_its_uri_is_removed(tmp_path, name):
+    place = Place(f"file://{tmp_path}/{quote(name)}")
+    (tmp_path / name / "below").mkdir(parents=True)
+    place.write("x", "text")
+    assert place.read("x") == "text" and (tmp_path / name / "x").is_file()
+    place.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_sign_would_end_an_address(tmp_path):
+    with pytest.raises(UserError, match=r"holds a '#', which would end it; write %23"):
+        Place(f"file://{tmp_path}/run#1").read("x")
+
+
+def test_what_a_link_leads_to_is_replaced_in_its_place(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").write_text("")
+    (tmp_path / "store").symlink_to(tmp_path / "disk")
+    with whole_folder(tmp_path / "store") as folder:
+        (folder / "new").write_text("")
+    assert (tmp_path / "store").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "store"]
+
+
+def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot write into .*/file/a/b: .*/file is a file"):
+        require_new_folder(tmp_path / "file" / "a" / "b", overwrite=False)
+    with pytest.raises(UserError, match="is a volume"):
+        require_new_folder(Path("/dev/shm"), overwrite=True)
 
 
 def test_an_object_store_that_does_not_answer():

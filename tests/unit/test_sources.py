@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -50,6 +51,18 @@ def test_folder_of_text_files_one_document_each(tmp_path, monkeypatch):
     assert [text.split("\n")[0] for text in texts_of(tmp_path / "a" / "*.txt")] == ["a/1", "a/10"]
     assert [text.split("\n")[0] for text in texts_of(tmp_path / "*" / "1*.txt")] == ["a/1", "a/10"]
     assert len(texts_of(f"file://{tmp_path}")) == 4
+
+
+def test_a_glob_of_all_depths_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("A text.")
+    with pytest.raises(UserError, match=r"holds \*\*; name the folder instead"):
+        texts_of(tmp_path / "**" / "*.txt")
+
+
+def test_a_long_document_in_a_csv(tmp_path):
+    rows = [["a", "short"]] * 5 + [["b", "word " * 600_000]] + [["c", "short"]]
+    pd.DataFrame(rows, columns=["title", "text"]).to_csv(tmp_path / "long.csv", index=False)
+    assert [len(text) for text in texts_of(tmp_path / "long.csv")] == [len(row[1]) for row in rows]
 
 
 def test_parquet_by_row_groups(tmp_path, rows):

@@ -1,9 +1,11 @@
 """The stream's first item is made before it is asked for."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 from supmer_ray.tasks.stream import _open_store, ahead
 
@@ -21,11 +23,19 @@ def test_the_first_item_is_made_before_it_is_asked_for():
 
 
 def test_a_store_that_was_made_anew_is_opened_anew(monkeypatch):
-    monkeypatch.setattr("supmer_ray.tasks.stream.Store.open", lambda place: object())
+    there = ["a"]
+
+    def opened(place):
+        return SimpleNamespace(manifest=SimpleNamespace(digest=there[0]))
+
+    monkeypatch.setattr("supmer_ray.tasks.stream.Store.open", opened)
     place = Place("/runs/store")
     first = _open_store(place, "a")
     assert _open_store(place, "a") is first
+    there[0] = "b"
     assert _open_store(place, "b") is not first
+    with pytest.raises(UserError, match=r"^The store /runs/store was made anew while a run read it"):
+        _open_store(place, "a")
     _open_store.cache_clear()
 
 

@@ -30,7 +30,7 @@ from supmer_ray.model.prompted import micro_batches
 from supmer_ray.tasks.batch import Examples, TaskBatch, collate
 from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
 from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten
-from supmer_ray.tasks.types import ANSWERS, balanced, domain_similarity, require_domains
+from supmer_ray.tasks.types import ANSWERS, TaskDraw, balanced, domain_similarity, require_domains
 
 PREFIX, SUFFIX, SENTINEL, CLOSING = 1, 2, 3, 4
 WORDS = {word: 10 + number for number, word in enumerate((*PAIR_ANSWERS, *LETTERS))}
@@ -222,7 +222,19 @@ def test_the_mixture_decides_how_often_a_type_comes():
     assert 0.70 < drawn.count("nsp") / 2000 < 0.80
 
 
-def test_too_few_domains_are_refused(store):
+def test_support_and_query_share_no_item_where_a_domain_holds_few(store):
+    draw = TaskDraw(store, make_formats(), "nsp", "validation", np.random.default_rng(0))
+    rows = {int(row) for row in draw.family.rows(0, "validation")}
+    assert 4 <= len(rows) < 32
+    support, query = ({next(share) for _ in range(40)} for share in draw._shares(0, (16, 16), 1))
+    assert not support & query and support | query == rows
+    train = replace(draw, split="train")
+    assert len(train.family.rows(0, "train")) >= 8
+    one, other = train._shares(0, (4, 4), 1)
+    assert one is other, "there are enough: a set goes on where the one before it has ended"
+
+
+def test_too_few_domains_are_refused(store, monkeypatch):
     require_domains(store, TASK_TYPES)
     family = store.family("ss")
     few = Family(family.centroids[:3], family.items, family.starts[:4], family.train_ends[:3], family.keywords[:3])
@@ -236,10 +248,11 @@ def test_too_few_domains_are_refused(store):
             require_domains(store, TASK_TYPES)
     finally:
         store._families["ss"] = saved
-    one = Store(store.path, store.manifest.model_copy(update={"documents": 1}))
-    require_domains(one, ["scsp", "scss"])
+    # One document has them all, others may have none.
+    monkeypatch.setattr(Store, "document_rows", lambda store, row: range(len(store)))
+    require_domains(store, ["scsp", "scss"])
     with pytest.raises(UserError, match="'nsp' takes sentences of other documents"):
-        require_domains(one, TASK_TYPES)
+        require_domains(store, TASK_TYPES)
 
 
 ids_lists = st.lists(st.lists(st.integers(50, 60), min_size=1, max_size=120), min_size=2, max_size=5)
