@@ -25,6 +25,7 @@ from supmer_ray.errors import Stopped, UserError
 from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
 from supmer_ray.meta.loop import REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, worker_loop
 from supmer_ray.meta.record import METRICS_FILE
+from supmer_ray.meta.state import step_in
 from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.tasks.types import require_domains
 
@@ -103,7 +104,7 @@ def train(
         gpu = resources.has_gpus_for(config.workers)
         started = take_turn(config.workers, partial(_notice, progress), gpu=gpu)
         _fit(RunPlan(config, store, place), gpu, progress, started)
-        return _conclude(place)
+        return _conclude(place, config.meta.steps)
 
 
 def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None) -> Any:
@@ -194,8 +195,8 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None, started: Callable[
         raise Stopped(f"the run in {plan.out} was stopped; go on with it by --resume.")
 
 
-def _conclude(place: Place) -> TrainResult:
-    """Make the last snapshot the run's checkpoint, or say why there is none."""
+def _conclude(place: Place, steps: int) -> TrainResult:
+    """Make the last snapshot, that of the last step, the run's checkpoint, or say why there is none."""
     from pyarrow.fs import copy_files
 
     sentence = place.read(REFUSAL_FILE)
@@ -207,9 +208,10 @@ def _conclude(place: Place) -> TrainResult:
         raise UserError(sentence)
     if not snapshots:
         raise RuntimeError(f"The run in {place} ended without a checkpoint.")
-    last = next(filter(partial(_is_whole, place), snapshots), None)
+    # What a full disk or a kill has cut short stands among them, and the run went on from another.
+    last = next(filter(partial(_is_whole, place, steps), snapshots), None)
     if last is None:
-        raise UserError(f"No snapshot of the run in {place} is whole; start it anew with --overwrite.")
+        raise UserError(f"The last snapshot of the run in {place} is damaged; go on from the one before by --resume.")
     if place.remote:
         filesystem, path = place.filesystem()
         copy_files(last.path, f"{path}/{CHECKPOINT}", source_filesystem=filesystem, destination_filesystem=filesystem)
@@ -219,13 +221,14 @@ def _conclude(place: Place) -> TrainResult:
     return TrainResult(place)
 
 
-def _is_whole(run: Place, snapshot: Any) -> bool:
-    """Whether all of a snapshot is there: a full disk or a kill may have cut one short."""
+def _is_whole(run: Place, steps: int, snapshot: Any) -> bool:
+    """Whether a snapshot is that of the last step, and all of it is there."""
+    place = run / snapshot.path.rpartition("/")[2]
     try:
-        read_sealed(run / snapshot.path.rpartition("/")[2], "a snapshot")
+        read_sealed(place, "a snapshot")
     except UserError:
         return False
-    return True
+    return step_in(place) == steps
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from supmer_ray.errors import UserError
 from supmer_ray.sweep.picture import draw_sweep, importance, places
 from supmer_ray.sweep.space import run_config, settings_of, space
 from supmer_ray.sweep.trial import Objective, TrialHost
-from supmer_ray.tune import _searcher, concurrency
+from supmer_ray.tune import Population, _searcher, concurrency
 
 CONFIGS = Path(__file__).parents[2] / "tune_configs"
 SMALL = {"space": {"meta.prompt_rate": {"uniform": [0.1, 0.2]}}, "samples": 2, "search": "random"}
@@ -147,6 +147,17 @@ def test_as_many_trials_as_fit():
         concurrency(sweep(), Resources((1, 1)))
     with pytest.raises(UserError, match="A worker of 5 CPUs has to lie on one node, and the largest has 4"):
         concurrency(sweep(base={"workers": {"cpus": 5}}), Resources((4, 4)))
+
+
+def test_a_population_exchanges_nothing_at_the_last_step():
+    """There, a trial that takes turns would be given another's weights, and settings that nobody trains with."""
+    space = {"rate": [0.1, 0.2]}
+    population = Population(
+        4, time_attr="step", metric="x", mode="min", perturbation_interval=1, hyperparam_mutations=space
+    )
+    assert population.on_trial_result(None, None, {"step": 4, "x": 1.0}) == "CONTINUE"
+    with pytest.raises((AttributeError, KeyError)):  # before, it looks at the trials, of which there are none here
+        population.on_trial_result(None, None, {"step": 3, "x": 1.0})
 
 
 def test_every_task_type_weighs_the_same_in_the_objective():
