@@ -24,7 +24,7 @@ def measure_gpu(
     What fails or does not fit the memory is said and left out; the rest is measured all the same.
 
     Args:
-        keep: called with all that there is after each measurement: the machine may be lent for minutes only.
+        keep: called with all that there is after each measurement: a run that is cut short keeps them.
 
     Raises:
         UserError: there is no GPU.
