@@ -542,7 +542,10 @@ class _Yaml(yaml.SafeLoader):
     """YAML as people write it: 1e-4 is a number, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [
+            key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
+        ]  # << brings what own keys may replace
+        keys = [self.construct_object(key, deep=True) for key in own]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
             raise UserError(
@@ -596,6 +599,8 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
             raise UserError(f"--set {assignment} has no '='; write --set key=value, for example --set meta.steps=500.")
         try:
             result = assign(result, key.strip(), _parsed(text))
+        except UserError as error:
+            raise UserError(f"In --set {assignment} {error}") from None
         except KeyError as error:
             raise UserError(f"--set {assignment}: '{error.args[0]}' is a value, not a section.") from None
         except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError

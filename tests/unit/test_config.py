@@ -104,6 +104,8 @@ def test_yaml_is_read_as_people_write_it(tmp_path):
     space = {"meta.prompt_rate": override({}, ["choice=[1e-4, 0.001]"])}
     sweep = build(SweepConfig, {"space": space, "samples": 1}, "the test")
     assert sweep.space["meta.prompt_rate"].choice == (1e-4, 1e-3)
+    file.write_text("a: &base {x: 1, y: 2}\nb: {<<: *base, y: 3}\n")
+    assert read_yaml(file)["b"] == {"x": 1, "y": 3}
     file.write_text("meta:\n  steps: 300\nmeta:\n  order: first\n")
     with pytest.raises(UserError, match=rf"In {file} the key 'meta' stands twice"):
         load_run_config(file)
