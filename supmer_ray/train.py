@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
-from supmer_ray.meta.loop import REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, worker_loop
 from supmer_ray.meta.record import METRICS_FILE
-from supmer_ray.meta.state import step_in
+from supmer_ray.meta.run import REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
 from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.tasks.types import require_domains
 
@@ -91,6 +91,8 @@ def train(
     if overwrite:
         require_outside(place, {"store": [store]})
     with nullcontext() if place.remote else held(place.local, "a run"):
+        # Ray Train's trainer needs torch, whose import takes seconds: it is read while the cluster starts.
+        threading.Thread(target=import_module, args=("torch",), daemon=True).start()
         resources = connect()
         require_room(resources, config.workers)
         if overwrite:

@@ -20,8 +20,8 @@ from supmer_ray.data.store import Store
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import micro_batches
-from supmer_ray.tasks.batch import collate
 from supmer_ray.tasks.builder import TaskBuilder
+from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.formats import Formats
 
 STEPS = 100

@@ -177,7 +177,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 def _saved_bytes(settings: StepSettings, lengths: Lengths, device: torch.device) -> float:
     """Bytes a token that the encoder keeps for its backward, counted as autograd stores them, without checkpointing."""
     from supmer_ray.model.prompted import encode_prompted
-    from supmer_ray.tasks.batch import collate
+    from supmer_ray.tasks.collate import collate
 
     backbone = random_backbone(settings.size, device, getattr(torch, settings.precisions[0]))
     forward: Any = backbone.forward

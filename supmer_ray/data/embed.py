@@ -56,7 +56,8 @@ def mean_pooled(backbone: Backbone, inputs: Sequence[np.ndarray], tokens_per_bat
     import torch
 
     from supmer_ray.model.prompted import micro_batches
-    from supmer_ray.tasks.batch import Examples, collate
+    from supmer_ray.tasks.batch import Examples
+    from supmer_ray.tasks.collate import collate
 
     result = np.empty((len(inputs), backbone.d_model), np.float32)
     examples = Examples.of(inputs, [[backbone.closing]] * len(inputs))

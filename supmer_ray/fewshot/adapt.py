@@ -25,7 +25,8 @@ from supmer_ray.model.prompted import (
     micro_batches,
     prompt_gradients,
 )
-from supmer_ray.tasks.batch import Examples, collate, to_device, widened
+from supmer_ray.tasks.batch import Examples, widened
+from supmer_ray.tasks.collate import collate, to_device
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("adapt" or "test"), how much of it is done, and of how much."""

@@ -16,7 +16,7 @@ from supmer_ray.fewshot.adapt import AdaptRun, Evaluation, accuracy_and_loss, sc
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.prompted import encode_prompted, label_losses, micro_batches
-from supmer_ray.tasks.batch import collate
+from supmer_ray.tasks.collate import collate
 
 
 def finetune(

@@ -1,10 +1,7 @@
-"""What each worker of a run does: its share of every meta-step, and the common update.
+"""What each worker of a run does from its start to its last snapshot.
 
-A worker draws its shard of each step's tasks, computes their summed meta-gradients, adds them up with
-the other workers' in one flat vector, and applies the same mean update as everyone: N workers with
-T/N tasks each give the one-worker result with T tasks. There is no DDP wrapper, because the backbone
-is frozen and the step calls `autograd.grad` itself. Ray Train starts the workers of a run
-(`worker_loop`); a trial of a sweep that needs one worker is that worker itself (`tune.py`).
+Ray Train starts the workers of a run (`work`); a trial of a sweep that needs one worker is that worker itself
+(`sweep/trial.py`). Either is a `Host`.
 """
 
 from __future__ import annotations
@@ -14,11 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed
 
@@ -27,121 +22,16 @@ from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, read_sealed
-from supmer_ray.meta.curriculum import draw_mixing, running_similarity
-from supmer_ray.meta.reduce import reduce_sums
-from supmer_ray.meta.state import MetaState, step_in
-from supmer_ray.meta.step import MetaStep
+from supmer_ray.meta.learner import Learner
+from supmer_ray.meta.run import GROUP_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in
+from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.tasks.batch import TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.formats import Formats
 
-REFUSAL_FILE = "refused.txt"
-"""Where a worker leaves the sentence for a run that no restart could mend."""
-
-STOP_FILE = "stop"
-"""Where a driver that was told to stop asks its workers to save and end."""
-
-GROUP_FILE = "placement_group"
-"""Where a run within a sweep notes what it has reserved, for the sweep to free if the trial is stopped."""
-
 STOP_LOOK_SECONDS = 0.5
-"""How often a worker looks for it: `ray job stop` gives a driver three seconds."""
-
-
-@dataclass
-class Learner:
-    """One worker's view of a run: the model, the state that all workers share, and the step."""
-
-    config: RunConfig
-    backbone: Backbone
-    state: MetaState
-    rank: int = 0
-    workers: int = 1
-    stopping: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.step = MetaStep(
-            self.backbone,
-            self.state.regularizer,
-            second_order=self.config.meta.order == "second",
-            answers_only=self.config.meta.loss == "answers",
-            token_budget=self.config.workers.tokens_per_micro_batch,
-        )
-
-    def train_step(self, batch: TaskBatch, *, stop: bool = False) -> dict[str, Any]:
-        """One meta-step with this worker's share of the tasks; returns the step's metrics.
-
-        Norms and rates among them are those that the step began with.
-
-        A step with a gradient that is not finite is left out on all workers alike, and counted. `stop`
-        says that this worker was asked to end the run; afterwards all workers have `stopping` set alike.
-
-        Raises:
-            FloatingPointError: too many such steps in a row.
-        """
-        config, progress = self.config, self.state.progress
-        first = progress.step * config.tasks.tasks_per_step + self.rank * len(batch)
-        similarity = progress.similarity or 0.0
-        lambdas = np.array(
-            [draw_mixing(config.meta.curriculum, similarity, config.seed, first + i) for i in range(len(batch))]
-        )
-        rates = self.state.inner_rates()
-        mixing = lambdas[batch.query.task]
-        found = self.step(self.state.prompt, rates, batch, mixing)
-        encoded = len(rates) * batch.support.lengths.sum() + batch.query.lengths.sum()
-        encoded += batch.partner.lengths[mixing < 1].sum()  # at λ = 1 a query's partner is never read
-        mean, figures, asked = reduce_sums(found, float(lambdas.sum()), stop)
-        found.marks.append(self.step.mark())
-        norms = self.state.gradient_norms(mean)
-        figures |= {f"{name}_gradient_norm": norm for name, norm in norms.items()}
-        figures["prompt_norm"] = self.state.prompt.detach().norm(dim=1).mean()
-        figures["inner_rate"] = rates.sum() / max(1, len(rates))
-        # The only place where the host waits for the device.
-        values = torch.stack([asked, *(figure.to(asked) for figure in figures.values())]).tolist()
-        self.stopping, metrics = values[0] > 0, dict(zip(figures, values[1:], strict=True))
-        if all(math.isfinite(metrics[f"{name}_gradient_norm"]) for name in norms):
-            self.state.apply(mean, norms)
-            progress.similarity = running_similarity(
-                progress.similarity, metrics["similarity"], config.meta.curriculum.ema
-            )
-            progress.bad_in_a_row = 0
-        else:
-            progress.skipped += 1
-            progress.bad_in_a_row += 1
-            if progress.bad_in_a_row >= config.schedule.stop_after_bad_steps:
-                raise FloatingPointError(
-                    f"{progress.bad_in_a_row} meta-steps in a row had a gradient that is not finite, the last at step "
-                    f"{progress.step}; lower meta.prompt_rate or meta.inner_rate, or use workers.precision: float32."
-                )
-        progress.step += 1
-        return {
-            "task_type": batch.names[0],
-            **metrics,
-            "running_similarity": progress.similarity,
-            "skipped": progress.skipped,
-            "tokens": int(encoded),
-            **{f"{phase}_seconds": value for phase, value in found.seconds().items()},
-        }
-
-    def validate(self, builder: TaskBuilder, types: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Query loss and accuracy after the inner steps, by task type, on the fixed validation tasks.
-
-        The inner rate does not decay here, so that figures of different steps can be compared.
-        """
-        each = self.config.schedule.validation_tasks
-        sums = torch.zeros(len(types), 3, device=self.backbone.device)
-        rates = self.state.inner_rates(decayed=False)
-        for number, (name, index) in enumerate((name, index) for name in types for index in range(each)):
-            if number % self.workers == self.rank:
-                losses, right = self.step.losses(self.state.prompt, rates, builder.validation_task(name, index))
-                sums[types.index(name)] += torch.stack(
-                    [losses.sum(), right.sum(), torch.ones_like(losses.sum())]
-                ).float()
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        means = (sums[:, :2] / sums[:, 2:]).tolist()
-        return {name: {"loss": loss, "accuracy": accuracy} for name, (loss, accuracy) in zip(types, means, strict=True)}
+"""How often a worker looks for `STOP_FILE`: `ray job stop` gives a driver three seconds."""
 
 
 class Host(Protocol):
@@ -193,38 +83,12 @@ class TrainHost:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-Objective = Callable[[Learner, dict[str, dict[str, float]]], dict[str, Any]]
-"""What a sweep wants to know after each validation: the learner and the validation's figures go in."""
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """One run, as every worker of it is told.
-
-    Attributes:
-        store: what `prepare` wrote.
-        out: the folder of the metrics file, seen by all nodes.
-        validation_types: the task types to validate on; None: those of the mixture.
-        objective: reported with a snapshot after each validation, in place of the regular snapshots.
-    """
-
-    config: RunConfig
-    store: Place
-    out: Place
-    validation_types: tuple[str, ...] | None = None
-    objective: Objective | None = None
-
-
-def worker_loop(settings: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker.
+def work(plan: RunPlan) -> None:
+    """What a worker that Ray Train started does.
 
     What a restart would find again (settings that do not fit the backbone, a store that is not seen from here,
     gradients that are not finite) ends the run with a sentence for the driver.
-
-    Args:
-        settings: `plan`, the `RunPlan`.
     """
-    plan: RunPlan = settings["plan"]
     if plan.out.read(REFUSAL_FILE) is not None:
         return  # Ray Train has started all workers again after one had refused to go on
     if plan.objective:
@@ -381,21 +245,6 @@ def meta_train(plan: RunPlan, host: Host) -> None:
                 text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."
                 record.write({"kind": "notice", "step": done, "text": text})
                 break
-
-
-def snapshots_in(run: Place) -> list[Any]:
-    """The snapshots that lie in a run's folder, as Ray `Checkpoint`s, the furthest first.
-
-    Their names hold the time of a node's clock, which may be set back, so names decide only between equal steps.
-    """
-    from ray.train import Checkpoint
-
-    filesystem, path = run.filesystem()
-    names = [name for name in run.listed() if name.startswith("checkpoint_") and not name.endswith(".json")]
-    steps = {name: step_in(run / name) for name in names}
-    # One that was cut short tells no step: it was the last to be written, and whoever reads it says that it is damaged.
-    furthest = sorted(names, key=lambda name: (steps[name] if steps[name] >= 0 else math.inf, name), reverse=True)
-    return [Checkpoint(f"{path}/{name}", filesystem) for name in furthest]
 
 
 def restore(

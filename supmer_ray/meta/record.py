@@ -10,7 +10,6 @@ from typing import Any
 from supmer_ray.config import RunConfig
 from supmer_ray.files import Place, Where
 from supmer_ray.monitoring.loggers import figures, open_loggers
-from supmer_ray.monitoring.series import RunSeries
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -81,6 +80,8 @@ class Record:
     """
 
     def __init__(self, config: RunConfig, out: Place, step: int, workers: int) -> None:
+        from supmer_ray.monitoring.series import RunSeries  # Ray, which those who read a run's rows can do without
+
         self._log = MetricsLog(out, step)
         self._loggers = open_loggers(config, out, step)
         self._series = RunSeries(out.name, config.tasks.tasks_per_step, workers)

@@ -13,7 +13,7 @@ import torch.distributed
 from torch import Tensor
 
 from supmer_ray.meta.step import MetaGradients
-from supmer_ray.tasks.batch import to_device
+from supmer_ray.tasks.collate import to_device
 
 
 def reduce_sums(

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from supmer_ray.config import RunConfig, build
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, Where, read_sealed, seal, write_json
+from supmer_ray.meta.run import PROGRESS
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
-
-PROGRESS = "progress.json"
 
 CHECKPOINT_FORMAT = 1
 
@@ -202,14 +201,6 @@ class Checkpoint:
     regularizer: nn.Module
     config: RunConfig
     identity: dict[str, Any]
-
-
-def step_in(snapshot: Place) -> int:
-    """The step that a snapshot was made after; −1 where it does not tell."""
-    try:
-        return int(json.loads(snapshot.read(PROGRESS) or "")["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
 
 
 def load_checkpoint(where: Where, backbone: Backbone) -> Checkpoint:

@@ -24,7 +24,8 @@ from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import ANSWER, Rows, choice_log_p, encode_prompted, micro_batches, prompt_gradients
-from supmer_ray.tasks.batch import Examples, TaskBatch, collate, to_device
+from supmer_ray.tasks.batch import Examples, TaskBatch
+from supmer_ray.tasks.collate import collate, to_device
 
 MIXED_POSITIONS = 2
 """The decoder positions that carry the mixed target: the sentinel and the label word."""

@@ -22,7 +22,9 @@ from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, AdaptConfig, Objecti
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place
-from supmer_ray.meta.loop import REFUSAL_FILE, Learner, RunPlan, meta_train, snapshots_in
+from supmer_ray.meta.learner import Learner
+from supmer_ray.meta.loop import meta_train
+from supmer_ray.meta.run import REFUSAL_FILE, RunPlan, snapshots_in
 from supmer_ray.sweep.space import run_config, settings_of
 from supmer_ray.tasks.types import FAMILY, require_domains
 

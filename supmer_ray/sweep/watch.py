@@ -15,7 +15,7 @@ from ray import tune as ray_tune
 
 from supmer_ray.config import SweepConfig
 from supmer_ray.files import Place
-from supmer_ray.meta.loop import GROUP_FILE
+from supmer_ray.meta.run import GROUP_FILE
 from supmer_ray.sweep.trial import RUNS
 
 Progress = Callable[[int, int, float | None, int], None]

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from supmer_ray.errors import UserError
-from supmer_ray.model.backbone import Backbone
+
+if TYPE_CHECKING:
+    from supmer_ray.model.backbone import Backbone
 
 PAIR_ANSWERS = ("yes", "no", "maybe")
 LETTERS = ("A", "B", "C", "D")

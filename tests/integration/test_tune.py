@@ -23,7 +23,9 @@ from supmer_ray.data.store import Store, read_manifest
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import load_definition
 from supmer_ray.files import Place
-from supmer_ray.meta.loop import GROUP_FILE, Learner, RunPlan, meta_train, snapshots_in
+from supmer_ray.meta.learner import Learner
+from supmer_ray.meta.loop import meta_train
+from supmer_ray.meta.run import GROUP_FILE, RunPlan, snapshots_in
 from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.sweep.trial import RUNS, Objective

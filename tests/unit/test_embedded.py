@@ -16,7 +16,8 @@ from supmer_ray.errors import UserError
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.model.prompted import answer_logits, encode_prompted
-from supmer_ray.tasks.batch import Examples, collate
+from supmer_ray.tasks.batch import Examples
+from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.types import ANSWERS
 
 TINY = PretrainConfig(blocks=2, batches=2, batch=2, prompt=3, limit=40)

@@ -29,7 +29,7 @@ from supmer_ray.fewshot.encoding import TaskEncoder
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import encode_prompted, label_losses
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
-from supmer_ray.tasks.batch import collate
+from supmer_ray.tasks.collate import collate
 from tests.tiny import make_tiny_t5
 
 NOUNS = ["film", "story", "day", "rain", "house", "river", "bread", "song", "road", "light"]

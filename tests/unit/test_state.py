@@ -11,7 +11,8 @@ from supmer_ray.config import load_run_config
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 from supmer_ray.meta.curriculum import beta_scale, draw_mixing, running_similarity
-from supmer_ray.meta.loop import restore, snapshots_in
+from supmer_ray.meta.loop import restore
+from supmer_ray.meta.run import snapshots_in
 from supmer_ray.meta.state import MetaState, load_checkpoint
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import load_backbone

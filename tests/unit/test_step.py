@@ -12,7 +12,8 @@ from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
-from supmer_ray.tasks.batch import Examples, TaskBatch, collate
+from supmer_ray.tasks.batch import Examples, TaskBatch
+from supmer_ray.tasks.collate import collate
 
 VOCABULARY, WIDTH, PROMPT = 60, 16, 3
 SENTINEL, CLOSING = 58, 59
@@ -122,7 +123,7 @@ def test_examples_padded_to_one_shape_give_the_same_step(name, vectors, regulari
     mixing = np.repeat([1.0, 0.3, 0.8], 6)
     exact = step(make_prompt(), RATES, batch, mixing)
     exact_losses, exact_right = step.losses(make_prompt(), RATES, batch)
-    monkeypatch.setattr("supmer_ray.tasks.batch.one_shape", lambda device: True)
+    monkeypatch.setattr("supmer_ray.tasks.collate.one_shape", lambda device: True)
     padded = step(make_prompt(), RATES, batch, mixing)
     torch.testing.assert_close(padded.prompt, exact.prompt, rtol=1e-7, atol=1e-10)
     for own, wanted in zip(padded.regularizer, exact.regularizer, strict=True):

@@ -27,8 +27,9 @@ from supmer_ray.data.store import (
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.model.prompted import micro_batches
-from supmer_ray.tasks.batch import Examples, TaskBatch, collate
+from supmer_ray.tasks.batch import Examples, TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
+from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten
 from supmer_ray.tasks.types import ANSWERS, TaskDraw, balanced, domain_similarity, require_domains
 
@@ -329,7 +330,7 @@ examples_strategy = st.lists(
 
 @pytest.mark.parametrize("before", [0, 5, 100])
 def test_on_a_gpu_all_examples_with_their_prompts_have_one_aligned_shape(monkeypatch, before):
-    monkeypatch.setattr("supmer_ray.tasks.batch.one_shape", lambda device: True)
+    monkeypatch.setattr("supmer_ray.tasks.collate.one_shape", lambda device: True)
     examples = Examples.of([[1] * 3, [2] * 12, [3] * 7], [[1, 2, 3]] * 3)
     rows = collate(examples, np.array([1, 0, 2]), pad=7, start=9, before=before)
     assert rows.layout.keys == (12, 3, 7)

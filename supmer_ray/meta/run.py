@@ -1,0 +1,86 @@
+"""What a run is to those who start it, do it or watch it: its plan, the notes in its folder, its snapshots.
+
+Neither torch nor transformers is imported here: the driver and Ray Train's controller read this module before any
+worker is started, and a worker cannot start before they have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from supmer_ray.config import RunConfig
+from supmer_ray.files import Place
+
+if TYPE_CHECKING:
+    from supmer_ray.meta.learner import Learner
+
+REFUSAL_FILE = "refused.txt"
+"""Where a worker leaves the sentence for a run that no restart could mend."""
+
+STOP_FILE = "stop"
+"""Where a driver that was told to stop asks its workers to save and end."""
+
+GROUP_FILE = "placement_group"
+"""Where a run within a sweep notes what it has reserved, for the sweep to free if the trial is stopped."""
+
+PROGRESS = "progress.json"
+"""Within a snapshot: where the run stood."""
+
+Objective = Callable[["Learner", dict[str, dict[str, float]]], dict[str, Any]]
+"""What a sweep wants to know after each validation: the learner and the validation's figures go in."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, as every worker of it is told.
+
+    Attributes:
+        store: what `prepare` wrote.
+        out: the folder of the metrics file, seen by all nodes.
+        validation_types: the task types to validate on; None: those of the mixture.
+        objective: reported with a snapshot after each validation, in place of the regular snapshots.
+    """
+
+    config: RunConfig
+    store: Place
+    out: Place
+    validation_types: tuple[str, ...] | None = None
+    objective: Objective | None = None
+
+
+def worker_loop(settings: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every worker.
+
+    Args:
+        settings: `plan`, the `RunPlan`.
+    """
+    from supmer_ray.meta.loop import work
+
+    work(settings["plan"])
+
+
+def snapshots_in(run: Place) -> list[Any]:
+    """The snapshots that lie in a run's folder, as Ray `Checkpoint`s, the furthest first.
+
+    Their names hold the time of a node's clock, which may be set back, so names decide only between equal steps.
+    """
+    from ray.train import Checkpoint
+
+    filesystem, path = run.filesystem()
+    names = [name for name in run.listed() if name.startswith("checkpoint_") and not name.endswith(".json")]
+    steps = {name: step_in(run / name) for name in names}
+    # One that was cut short tells no step: it was the last to be written, and whoever reads it says that it is damaged.
+    furthest = sorted(names, key=lambda name: (steps[name] if steps[name] >= 0 else math.inf, name), reverse=True)
+    return [Checkpoint(f"{path}/{name}", filesystem) for name in furthest]
+
+
+def step_in(snapshot: Place) -> int:
+    """The step that a snapshot was made after; −1 where it does not tell."""
+    try:
+        return int(json.loads(snapshot.read(PROGRESS) or "")["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
