@@ -6,11 +6,9 @@ import logging
 import math
 import os
 import socket
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
 
 from supmer_ray.config import WorkersConfig
 from supmer_ray.errors import UserError
@@ -18,17 +16,8 @@ from supmer_ray.errors import UserError
 KNOCK_SECONDS = 20.0
 """How long a cluster may take to accept a connection."""
 
-SETTLE_SECONDS = 5.0
-"""How long what has just ended may take to give its CPUs back."""
-
-RESTART_SECONDS = 10.0
-"""How long CPUs must be free after they were taken: a run that restarts its workers gives them back for a moment."""
-
-TURN = ("supmer-start", "supmer")
-"""Name and namespace of the actor that stands for the run that is starting."""
-
 BUILDER_CPUS = 0.5
-"""What a builder of meta-tasks reserves: it is idle most of the time, waiting for the training step."""
+"""What a worker reserves for each of its builders of meta-tasks: they wait for its steps most of the time."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +25,40 @@ class Resources:
     """What a cluster has.
 
     Attributes:
-        node_cpus: the CPUs of each living node.
-        gpus: of all nodes together.
+        node_cpus, node_gpus: the CPUs and GPUs of each living node.
+        grows: an autoscaler adds nodes where a reservation waits for them.
     """
 
     node_cpus: tuple[float, ...]
-    gpus: float = 0.0
+    node_gpus: tuple[float, ...] = ()
+    grows: bool = False
 
     @property
     def cpus(self) -> float:
         """Of all nodes together."""
         return sum(self.node_cpus)
 
+    @property
+    def gpus(self) -> float:
+        """Of all nodes together."""
+        return sum(self.node_gpus)
+
     def has_gpus_for(self, workers: WorkersConfig) -> bool:
-        """Whether each worker gets a GPU: as the configuration says, or if there are enough."""
-        return self.gpus >= workers.count if workers.gpu is None else workers.gpu
+        """Whether each worker gets a GPU: as the configuration says, or where there are any."""
+        return self.gpus > 0 if workers.gpu is None else workers.gpu
+
+    def holding(self, workers: WorkersConfig) -> int:
+        """How many such workers the nodes hold, each on one node with its builders and, where it gets one, its GPU."""
+        gpu, each = self.has_gpus_for(workers), reserved_cpus(workers)
+        nodes = zip_longest(self.node_cpus, self.node_gpus, fillvalue=0.0)
+        return sum(int(min(cpus / each + 1e-9, gpus if gpu else math.inf)) for cpus, gpus in nodes)
+
+    def __str__(self) -> str:
+        """The nodes, those that are alike together: "2 of 4 CPUs, 1 of 16 CPUs and 8 GPUs"."""
+        kinds = Counter(zip_longest(self.node_cpus, self.node_gpus, fillvalue=0.0)).items()
+        return ", ".join(
+            f"{count} of {cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "") for (cpus, gpus), count in kinds
+        )
 
 
 def connect() -> Resources:
@@ -84,8 +92,16 @@ def connect() -> Resources:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    return Resources(nodes, ray.cluster_resources().get("GPU", 0.0))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (tuple(node.get(what, 0.0) for node in alive) for what in ("CPU", "GPU"))
+    return Resources(cpus, gpus, _grows(sum(cpus)))
+
+
+def _grows(cpus: float) -> bool:
+    """Whether an autoscaler has told the cluster of nodes that it could add."""
+    from ray._private.state import state
+
+    return (state.get_max_resources_from_cluster_config() or {}).get("CPU", 0) > cpus
 
 
 def this_node_cpus() -> float:
@@ -110,82 +126,36 @@ def _knock(address: str) -> None:
             raise ConnectionError(str(error)) from None
 
 
-def needed_cpus(workers: WorkersConfig) -> float:
-    """What the workers and the builders of a run reserve."""
-    return workers.count * (workers.cpus + workers.builders * BUILDER_CPUS)
+def reserved_cpus(workers: WorkersConfig) -> float:
+    """What one worker reserves on its node: its own CPUs, and those of its builders."""
+    return workers.cpus + workers.builders * BUILDER_CPUS
 
 
-def take_turn(workers: WorkersConfig, tell: Callable[[str], None], *, gpu: bool = False) -> Callable[[], None]:
-    """Wait until a run is the only one that starts, and what it needs of the cluster is free.
-
-    Ray Train reserves a run's workers, and its builders take what is left: two runs that start at once could each
-    have their workers and leave none a CPU to build with.
-
-    Args:
-        tell: told once what the run waits for.
-        gpu: each worker takes a GPU.
-
-    Returns:
-        What to call when the run has all that it needs; a driver that dies gives its turn back too.
-    """
+def waits_for_room() -> bool:
+    """Whether this driver's job has asked for a reservation that the cluster has no room for yet."""
     import ray
+    from ray.util.placement_group import placement_group_table
 
-    class Turn:
-        """An actor of which there can be one, for as long as its driver lives."""
-
-    need = {"CPU": needed_cpus(workers)} | ({"GPU": float(workers.count)} if gpu else {})
-    began = time.monotonic()
-    name, namespace = TURN
-    turn: Any = None
-    busy, told = began - RESTART_SECONDS, False
-    while True:
-        now, reason = time.monotonic(), "another run to have started"
-        if turn is None:
-            with suppress(ValueError):  # there is one already
-                turn = ray.remote(Turn).options(num_cpus=0, name=name, namespace=namespace).remote()
-        if turn is not None:
-            available = ray.available_resources()
-            short = [what for what, count in need.items() if available.get(what, 0.0) < count]
-            if not short and now - busy >= RESTART_SECONDS:
-                return lambda: ray.kill(turn)
-            if short:
-                busy = now
-            what = (short or list(need))[0]
-            reason = f"{need[what]:g} {what}s; {available.get(what, 0.0):g} of the cluster's are free"
-        if not told and now - began > SETTLE_SECONDS:
-            tell(f"The run waits for {reason}.")
-            told = True
-        time.sleep(0.5)
+    job = ray.get_runtime_context().get_job_id()  # the end of the number of what it has made
+    groups = placement_group_table().items()
+    return any(number.endswith(job) and group["state"] == "PENDING" for number, group in groups)
 
 
 def require_room(resources: Resources, workers: WorkersConfig) -> None:
-    """Refuse a run whose workers leave no CPU to build meta-tasks: it would wait for ever.
+    """Refuse workers that the cluster cannot hold at a time, also when it is idle: their run would wait for ever.
 
     Raises:
         UserError: too few CPUs or GPUs, with the numbers.
     """
-    builders, need = workers.count * workers.builders, needed_cpus(workers)
-    if need > resources.cpus:
-        fits = int(resources.cpus // (workers.cpus + workers.builders * BUILDER_CPUS))
-        instead = f"set workers.count to at most {fits}" if fits else f"give Ray at least {math.ceil(need)} CPUs"
-        raise UserError(
-            f"{workers.count} workers of {workers.cpus:g} CPUs and {builders} builders of {BUILDER_CPUS:g} need "
-            f"{need:g} CPUs, but the cluster has {resources.cpus:g}; {instead}."
-        )
-    if workers.cpus > max(resources.node_cpus):
-        raise UserError(
-            f"A worker of {workers.cpus:g} CPUs has to lie on one node, and the largest has "
-            f"{max(resources.node_cpus):g}; lower workers.cpus."
-        )
-    holding = sum(int(cpus / workers.cpus + 1e-9) for cpus in resources.node_cpus)
-    if workers.count > holding:
-        nodes = ", ".join(f"{cpus:g}" for cpus in resources.node_cpus)
-        raise UserError(
-            f"{holding} workers of {workers.cpus:g} CPUs fit the cluster's nodes of {nodes} CPUs, and workers.count is "
-            f"{workers.count}; lower one of them."
-        )
-    if workers.gpu and workers.count > resources.gpus:
-        raise UserError(
-            f"{workers.count} workers with a GPU each need {workers.count} GPUs, but the cluster has "
-            f"{resources.gpus:g}; lower workers.count or set workers.gpu to false."
-        )
+    holding = resources.holding(workers)
+    if holding >= workers.count or resources.grows:
+        return
+    gpu = resources.has_gpus_for(workers)
+    what = f"{reserved_cpus(workers):g} CPUs ({workers.cpus:g} to train, {BUILDER_CPUS:g} for each builder)"
+    fewer = [f"lower workers.count to {holding}"] if holding else []
+    others = ["set workers.gpu to false"] if gpu else [] if holding else ["lower workers.cpus or workers.builders"]
+    instead = ", or ".join([*fewer, *others])
+    raise UserError(
+        f"{workers.count} workers of {what}{' and a GPU' if gpu else ''} do not fit the cluster, whose nodes "
+        f"({resources}) hold {holding} of them; {instead}."
+    )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,21 +21,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import connect, require_room, take_turn
-from supmer_ray.config import RunConfig
+from supmer_ray.cluster import connect, require_room, reserved_cpus, waits_for_room
+from supmer_ray.config import RunConfig, WorkersConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE
-from supmer_ray.meta.run import REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
+from supmer_ray.meta.run import CONFIG_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
 from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.tasks.types import require_domains
 
 CHECKPOINT = "checkpoint"
-CONFIG_FILE = "run.json"
 
 FOLLOW_SECONDS = 0.5
 """How often the driver looks at the metrics file."""
+
+SETTLE_SECONDS = 5.0
+"""How long a run waits for room before it says so."""
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with every row of `metrics.jsonl` as it appears."""
@@ -101,15 +105,14 @@ def train(
         digest = opened.manifest.digest
         settings = {"store": str(store), "store_digest": digest, "config": config.model_dump(mode="json")}
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
-        for left in (REFUSAL_FILE, STOP_FILE):
-            (place / left).remove()
+        (place / REFUSAL_FILE).remove()
+        place.write(STOP_FILE, "")
         gpu = resources.has_gpus_for(config.workers)
-        started = take_turn(config.workers, partial(_notice, progress), gpu=gpu)
-        _fit(RunPlan(config, store, place), gpu, progress, started)
+        _fit(RunPlan(config, store, place), gpu, progress)
         return _conclude(place, config.meta.steps)
 
 
-def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None) -> Any:
+def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: Sequence[Any] = ()) -> Any:
     """The Ray Train trainer of a run; its snapshots lie in the plan's folder."""
     # Without it the run does not show in the dashboard's Train view.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
@@ -117,7 +120,10 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None
     from ray.train.torch import TorchConfig, TorchTrainer
 
     _forget_damaged_notes(plan.out)
+    from supmer_ray.meta.restarts import TellRestarts
+
     workers = plan.config.workers
+    told: list[Any] = [TellRestarts(plan.out, workers.max_failures), *callbacks]
     filesystem, path = plan.out.filesystem()
     parent, _, name = path.rpartition("/")
     return TorchTrainer(
@@ -127,7 +133,8 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.count,
             use_gpu=gpu,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if gpu else {})},
+            # One reservation for a worker and its builders: two runs that start at once cannot each get half of theirs.
+            resources_per_worker={"CPU": reserved_cpus(workers), **({"GPU": 1} if gpu else {})},
             # GPUs want the short way between them. A worker on CPUs shares its node's with the others that are there.
             placement_strategy="PACK" if gpu else "SPREAD",
         ),
@@ -137,21 +144,13 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: list[Any] | None = None
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=callbacks,
+            callbacks=told,
         ),
     )
 
 
-def _notice(progress: Progress | None, text: str) -> None:
-    if progress:
-        progress({"kind": "notice", "step": 0, "text": text})
-
-
-def _fit(plan: RunPlan, gpu: bool, progress: Progress | None, started: Callable[[], None]) -> None:
+def _fit(plan: RunPlan, gpu: bool, progress: Progress | None) -> None:
     """Run the trainer and pass the metrics rows on, until it ends or a signal asks for the end.
-
-    Args:
-        started: called when the first new row is there, or the run has ended without one.
 
     Raises:
         Exception: of `progress`, after the run was stopped with a snapshot: none goes on with nobody looking on.
@@ -169,22 +168,18 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None, started: Callable[
     thread = threading.Thread(target=run, daemon=True)
     follow = _Follow(plan.out, progress)
     follow.look()
-    before = follow.rows
+    before, waiting = follow.rows, _Waiting(plan.config.workers)
     with _stop_signals(plan.out) as told:
         thread.start()
         try:
-            try:
-                while thread.is_alive() and follow.rows == before:
-                    thread.join(FOLLOW_SECONDS)
-                    follow.look()
-            finally:
-                started()
             while thread.is_alive():
                 thread.join(FOLLOW_SECONDS)
                 follow.look()
+                if progress and follow.rows == before and (text := waiting.notice()):
+                    progress({"kind": "notice", "step": 0, "text": text})
             follow.look()
         except Exception:
-            plan.out.write(STOP_FILE, "")
+            plan.out.write(STOP_FILE, "stop")
             thread.join()
             raise
     if failures and plan.out.read(REFUSAL_FILE) is None:
@@ -220,6 +215,7 @@ def _conclude(place: Place, steps: int) -> TrainResult:
     else:
         with whole_folder(place.local / CHECKPOINT) as folder:
             copy_files(last.path, str(folder))
+    (place / STOP_FILE).remove()
     return TrainResult(place)
 
 
@@ -249,7 +245,7 @@ def _stop_signals(place: Place) -> Iterator[list[int]]:
         if told:
             raise KeyboardInterrupt
         told.append(number)
-        place.write(STOP_FILE, "")
+        place.write(STOP_FILE, "stop")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -315,6 +311,30 @@ def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) 
         raise UserError(f"The store {store} was made anew since the run in {out} was started; start a new run.")
 
 
+class _Waiting:
+    """Says once that a run waits for room, when it has done so for a while: what has just ended gives its CPUs back."""
+
+    def __init__(self, workers: WorkersConfig) -> None:
+        self._workers, self._since, self._said = workers, math.inf, False
+
+    def notice(self) -> str | None:
+        """The sentence, where it is time for it."""
+        if self._said or not waits_for_room():
+            self._since = math.inf
+            return None
+        self._since = min(self._since, time.monotonic())
+        if time.monotonic() - self._since < SETTLE_SECONDS:
+            return None
+        import ray
+
+        self._said, free = True, ray.available_resources()
+        workers = f"{self._workers.count} worker" + "s" * (self._workers.count > 1)
+        return (
+            f"The run waits until the cluster has room for {workers} of {reserved_cpus(self._workers):g} CPUs; "
+            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs of it are free."
+        )
+
+
 class _Follow:
     """Passes the new rows of a growing metrics file on, at each look.
 
@@ -326,6 +346,7 @@ class _Follow:
     def __init__(self, out: Place, progress: Progress | None) -> None:
         self._out, self._progress = out, progress
         self._read = self.step = self.rows = 0
+        self._told: set[str] = set()
 
     def look(self) -> None:
         new = self._new()
@@ -337,6 +358,10 @@ class _Follow:
             except json.JSONDecodeError:
                 self._read = 0  # a restarted worker has rewritten the file, and it is longer again already
                 return
+            if row["kind"] == "notice":
+                if row["text"] in self._told:
+                    continue  # read again, because the file was rewritten
+                self._told.add(row["text"])
             self.step = row["step"]
             self.rows += 1
             if self._progress:

@@ -21,7 +21,7 @@ import yaml
 from ray import tune as ray_tune
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-from supmer_ray.cluster import BUILDER_CPUS, Resources, connect, require_room
+from supmer_ray.cluster import Resources, connect, require_room, reserved_cpus
 from supmer_ray.config import RunConfig, SweepConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError, require_new_folder
@@ -92,14 +92,8 @@ def tune(
     with held(out, "a sweep"):
         resources = connect()
         gpu = resources.has_gpus_for(config.base.workers)
-        fitting = concurrency(config, resources, gpu=gpu)
         # Ray Tune keeps to what it was started with.
-        at_a_time = started.get("at_a_time", fitting)
-        if config.base.workers.count > 1 and at_a_time > fitting:
-            raise UserError(
-                f"The sweep in {out} runs {at_a_time} trials at a time, and {fitting} fit the cluster now, where they "
-                "would keep each other from building; resume it on as large a cluster as it was started on."
-            )
+        at_a_time = started.get("at_a_time", concurrency(config, resources))
         if overwrite:
             Place(str(out)).remove()
         out.mkdir(parents=True, exist_ok=True)
@@ -112,30 +106,25 @@ def tune(
         return _conclude(config, found, out)
 
 
-def concurrency(config: SweepConfig, resources: Resources, *, gpu: bool = False) -> int:
-    """How many trials run at a time; a trial of one worker lies on one node.
-
-    Args:
-        gpu: each worker takes a GPU.
+def concurrency(config: SweepConfig, resources: Resources) -> int:
+    """How many trials run at a time.
 
     Raises:
         UserError: not even one trial fits, or fewer than the sweep asks for.
     """
     workers = config.base.workers
     require_room(resources, workers)
-    each = workers.cpus + workers.builders * BUILDER_CPUS
-    if workers.count == 1:
-        fitting = sum(int(cpus / each + 1e-9) for cpus in resources.node_cpus)
-    else:
-        fitting = int(resources.cpus / (workers.count * each + DRIVER_CPUS) + 1e-9)
-    if gpu:
-        fitting = min(fitting, int(resources.gpus // workers.count))
-    if not fitting:
-        nodes = ", ".join(f"{cpus:g}" for cpus in resources.node_cpus)
-        raise UserError(
-            f"A trial needs {workers.count * each:g} CPUs for its workers and builders, but the cluster's nodes have "
-            f"{nodes}; lower base.workers.cpus or base.workers.builders."
-        )
+    fitting = resources.holding(workers) // workers.count
+    if workers.count > 1:
+        each = workers.count * reserved_cpus(workers) + DRIVER_CPUS
+        fitting = min(fitting, int(resources.cpus / each + 1e-9))
+        if not fitting and not resources.grows:
+            raise UserError(
+                f"A trial needs {each:g} CPUs, {DRIVER_CPUS:g} of them for its driver, but the cluster has "
+                f"{resources.cpus:g}; lower base.workers.cpus or base.workers.builders."
+            )
+    if resources.grows:
+        return config.concurrency or max(1, fitting)
     if config.concurrency and config.concurrency > fitting:
         raise UserError(
             f"concurrency is {config.concurrency} but {fitting} of these trials fit the cluster at a time; "
@@ -157,6 +146,8 @@ def _tuner(config: SweepConfig, trial: Trial, *, resume: bool) -> ray_tune.Tuner
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Its newer output says what it does even when it is told to say nothing.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # In a population, the end of a trial that takes over another's state: two seconds are few to close its loggers.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
     # It warns of slow steps, and that the log files above are missing.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     workers = config.base.workers

@@ -7,6 +7,7 @@ Ray Train starts the workers of a run (`work`); a trial of a sweep that needs on
 from __future__ import annotations
 
 import math
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, read_sealed
 from supmer_ray.meta.learner import Learner
-from supmer_ray.meta.run import GROUP_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in
+from supmer_ray.meta.run import CONFIG_FILE, GROUP_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in
 from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.tasks.batch import TaskBatch
@@ -93,6 +94,12 @@ def work(plan: RunPlan) -> None:
         return  # Ray Train has started all workers again after one had refused to go on
     if plan.objective:
         _note_group(plan.out)
+    elif plan.out.read(CONFIG_FILE) is None:
+        # No refusal: what is written there would not be seen either, and a disk may only be late.
+        raise RuntimeError(
+            f"The node {socket.gethostname()} does not see the run's folder {plan.out}, which has to lie where all "
+            "nodes see it: on a disk that they share, or in an object store (s3://…)."
+        )
     try:
         meta_train(plan, TrainHost(plan.out))
     except RefusedElsewhere:
@@ -217,7 +224,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             # The sweep was killed after this trial's last snapshot and before it noted what the trial had found.
             report({"step": last, **plan.objective(learner, learner.validate(builder, types))})
         reached["validated"] = time.time()
-        asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and plan.out.glance(STOP_FILE) is not None)
+        asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and bool(plan.out.glance(STOP_FILE)))
         for batch, waited in _timed(shards):
             started = time.perf_counter()
             metrics = learner.train_step(batch, stop=asked())

@@ -35,6 +35,16 @@ def read_rows(run: Where, kind: str) -> list[dict[str, Any]]:
     return [row for row in whole_rows(text) if row["kind"] == kind]
 
 
+def add_notice(run: Place, text: str) -> None:
+    """Add a sentence for the user to a run's rows, while no worker writes them."""
+    line = json.dumps({"kind": "notice", "step": 0, "text": text}) + "\n"
+    if run.remote:
+        run.write(METRICS_FILE, (run.read(METRICS_FILE) or "") + line)
+        return
+    with (run.local / METRICS_FILE).open("a", encoding="utf-8") as stream:
+        stream.write(line)
+
+
 class MetricsLog:
     """Appends rows to `metrics.jsonl`; a resumed run first drops what its lost steps had written.
 
@@ -47,7 +57,7 @@ class MetricsLog:
         self.out = out
         self._rows: list[str] = []
         for row in whole_rows(out.read(METRICS_FILE) or ""):
-            if row["step"] <= step and step > 0:
+            if row["kind"] == "notice" or (row["step"] <= step and step > 0):
                 self._rows.append(json.dumps(row) + "\n")
         self._write_all()
 

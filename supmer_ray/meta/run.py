@@ -18,11 +18,17 @@ from supmer_ray.files import Place
 if TYPE_CHECKING:
     from supmer_ray.meta.learner import Learner
 
+CONFIG_FILE = "run.json"
+"""How a run was started, and what its folder is known by."""
+
 REFUSAL_FILE = "refused.txt"
 """Where a worker leaves the sentence for a run that no restart could mend."""
 
 STOP_FILE = "stop"
-"""Where a driver that was told to stop asks its workers to save and end."""
+"""Empty, until a driver that was told to stop asks its workers by it to save and end.
+
+It is there from the beginning: a network disk may go on saying for a minute that a file it was asked for is missing.
+"""
 
 GROUP_FILE = "placement_group"
 """Where a run within a sweep notes what it has reserved, for the sweep to free if the trial is stopped."""

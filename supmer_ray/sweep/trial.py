@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from ray import tune as ray_tune
 
-from supmer_ray.cluster import BUILDER_CPUS
+from supmer_ray.cluster import reserved_cpus
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, AdaptConfig, ObjectiveConfig, SweepConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
@@ -179,7 +179,6 @@ class Trial:
             config = run_config(self.config, settings_of(self.config, sample))
             plan = RunPlan(config, self.store, place, self.types, self.objective)
             if config.workers.count == 1:
-                _build_in_own_group()
                 import ray
 
                 nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
@@ -192,28 +191,12 @@ class Trial:
 
     @property
     def resources(self) -> ray_tune.PlacementGroupFactory:
-        """Of a trial of one worker: its own, and those of its builders. Of a larger one: its driver's."""
+        """Of a trial of one worker: its own, its builders' among them. Of a larger one: its driver's."""
         workers = self.config.base.workers
         if workers.count > 1:
             return ray_tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}])
-        own = {"CPU": workers.cpus, **({"GPU": 1.0} if self.gpu else {})}
-        builders = [{"CPU": BUILDER_CPUS} for _ in range(workers.builders)]
-        return ray_tune.PlacementGroupFactory([own, *builders], strategy="STRICT_PACK")
-
-
-def _build_in_own_group() -> None:
-    """Have this process's meta-tasks built on what its trial has reserved for that."""
-    import ray.data
-    from ray.util.placement_group import get_current_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    context = ray.data.DataContext.get_current()
-    group = get_current_placement_group()
-    assert group is not None  # a function trainable always runs in its trial's
-    context.scheduling_strategy = PlacementGroupSchedulingStrategy(group)
-    context.scheduling_strategy_large_args = context.scheduling_strategy
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+        own = {"CPU": reserved_cpus(workers), **({"GPU": 1.0} if self.gpu else {})}
+        return ray_tune.PlacementGroupFactory([own])
 
 
 def _train_nested(plan: RunPlan, *, gpu: bool) -> None:

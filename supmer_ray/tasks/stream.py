@@ -16,12 +16,12 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
 
-from supmer_ray.cluster import BUILDER_CPUS
 from supmer_ray.config import TasksConfig
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
@@ -32,6 +32,9 @@ from supmer_ray.tasks.formats import Formats
 
 STEPS_A_TASK = 4
 """Steps that one Ray task builds: few, so that a worker's first step comes soon."""
+
+PREFETCHED = 4
+"""Batches that are kept ready in the process that takes them."""
 
 MOST_TASKS = 2000
 """Long runs are cut into no more than about this many Ray tasks, unless one would build over 64 steps."""
@@ -47,7 +50,7 @@ def _open_store(place: Place, digest: str) -> Store:
         UserError: it is no longer the store of that digest.
     """
     store = Store.open(place)
-    if digest and store.manifest.digest != digest:
+    if store.manifest.digest != digest:
         raise UserError(f"The store {place} was made anew while a run read it; start the run anew.")
     return store
 
@@ -64,9 +67,9 @@ class ShardSource:
     formats: Formats
     config: TasksConfig
     seed: int
-    rank: int = 0
-    workers: int = 1
-    digest: str = ""
+    rank: int
+    workers: int
+    digest: str
 
     def shards(self, steps: range) -> Iterator[pa.Table]:
         """The shards of `steps`, packed, one a table."""
@@ -104,12 +107,11 @@ def _parts(steps: range) -> list[range]:
     return [steps[first : first + size] for first in range(0, len(steps), size)]
 
 
-def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefetch: int = 4) -> Iterator[TaskBatch]:
+def stream_shards(source: ShardSource, steps: range, *, builders: int = 1) -> Iterator[TaskBatch]:
     """The shards of `steps`, in order.
 
     Args:
-        builders: Ray tasks that build at a time; each reserves `BUILDER_CPUS`.
-        prefetch: batches that are kept ready in this process.
+        builders: Ray tasks that build at a time, on this process's node and with CPUs that it has reserved for them.
 
     Raises:
         UserError: a builder's.
@@ -122,10 +124,16 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1, prefe
     # As many blocks as tasks: Ray Data would otherwise split each task's output once more.
     blocks = len(_parts(steps))
     rows = ray.data.read_datasource(
-        MetaTasks(source, steps), num_cpus=BUILDER_CPUS, concurrency=builders, override_num_blocks=blocks
+        MetaTasks(source, steps),
+        # Ray Data shares out what a cluster has left, per node and rounded down: often nothing.
+        num_cpus=0,
+        concurrency=builders,
+        override_num_blocks=blocks,
+        # Elsewhere each would start a process, open the store and send its tasks over the network.
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
     try:
-        for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
+        for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCHED):
             yield TaskBatch.from_arrow(row.combine_chunks())
     except RayTaskError as error:
         # What a builder refuses (its node does not see the store) is a sentence, without Ray's traceback around it and

@@ -169,8 +169,8 @@ def test_a_store_that_is_gone_in_the_middle_is_one_sentence(tiny_store, tmp_path
 
 
 @pytest.mark.slow
-def test_two_runs_that_start_at_once_take_turns(undisturbed, tiny_store, tmp_path):
-    """Two CPUs have room for either; if each took one for its worker, none would be left to build meta-tasks."""
+def test_of_two_runs_that_start_at_once_one_waits(undisturbed, tiny_store, tmp_path):
+    """Two CPUs have room for either, and a worker reserves its own with its builders' or none."""
     settings = [part for value in SETTINGS for part in ("--set", value)]
     command = [sys.executable, "-c", "from supmer_ray.cli import main; main()", "train", *settings]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}

@@ -2,17 +2,15 @@
 
 import json
 import shutil
-import threading
 import time
 
 import pytest
 import ray
-from cluster import PATIENCE_SECONDS, assert_all_is_free
+from cluster import assert_all_is_free
 from faults import SETTINGS, assert_same_weights, kill_workers, rows_of
 from safetensors.torch import load_file
 
 from supmer_ray.cli import main
-from supmer_ray.cluster import take_turn
 from supmer_ray.config import PAPER_TASK_TYPES, PrepareConfig, load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import UserError
@@ -150,7 +148,9 @@ def test_a_store_of_the_embedded_backbone_brings_the_settings_that_suit_it(tiny_
 
 def test_what_a_builder_refuses_is_its_sentence(ray_cluster, tiny_t5, tmp_path):
     config = load_run_config(None, SETTINGS)
-    source = ShardSource(tmp_path / "nowhere", make_formats(config, load_backbone(str(tiny_t5))), config.tasks, 0)
+    source = ShardSource(
+        tmp_path / "nowhere", make_formats(config, load_backbone(str(tiny_t5))), config.tasks, 0, 0, 1, ""
+    )
     with pytest.raises(UserError, match=r"^There is no store at .*nowhere; make one with .*$"):
         next(stream_shards(source, range(2)))
 
@@ -163,31 +163,33 @@ def test_what_only_a_worker_can_see_is_refused_once_and_leaves_nothing(tiny_stor
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_run_waits_for_room_and_for_its_turn(ray_cluster):
-    workers, told = load_run_config(None, []).workers, []
+def test_a_run_that_waits_for_room_says_so(tiny_store, tmp_path):
+    """Of the cluster's two CPUs another has one and a half; a run of one worker and its builder wants as many."""
     assert_all_is_free()
-    started = take_turn(workers, told.append)
-    assert told == [], "the cluster was free"
     holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=1.5).remote()
-    after = [0.0]
+    said, rows = [], []
 
-    def wait():
-        take_turn(workers, told.append)()
-        after.append(time.monotonic())
+    def progress(row):
+        (said if row["kind"] == "notice" else rows).append(row)
+        if row["kind"] == "notice":
+            assert not rows
+            ray.cancel(holder, force=True)
 
-    second = threading.Thread(target=wait, daemon=True)
-    second.start()
-    try:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not told and time.monotonic() < end:
-            time.sleep(0.2)
-        assert told == ["The run waits for another run to have started."]
-        started()
-        time.sleep(5)
-        assert second.is_alive(), "its turn has come, but the CPUs are taken"
-        freed = time.monotonic()
-    finally:
-        started()
-        ray.cancel(holder, force=True)
-    second.join(PATIENCE_SECONDS)
-    assert not second.is_alive() and after[-1] > freed
+    train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "run", progress=progress)
+    assert [row["text"] for row in said] == [
+        "The run waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
+    ]
+    assert rows[-1]["step"] == 4
+
+
+def test_builders_lie_beside_their_worker_and_take_what_it_has_reserved(tiny_store, tmp_path):
+    """While a run goes on, what it has reserved is all that it takes: two CPUs hold it and half a CPU of others."""
+    found = []
+
+    def progress(row):
+        if row["kind"] == "step":
+            found.append(ray.available_resources().get("CPU", 0.0))
+
+    assert_all_is_free()
+    train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "run", progress=progress)
+    assert found[0] == 0.5 and min(found) >= 0.5

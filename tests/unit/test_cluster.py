@@ -9,17 +9,39 @@ from supmer_ray.errors import UserError
 
 @pytest.mark.parametrize(
     ("nodes", "count", "cpus", "holding"),
-    [((8, 8, 8), 4, 5, 3), ((3,) * 5, 6, 2, 5)],
+    [((8, 8, 8), 4, 5, 3), ((3,) * 5, 6, 2, 5), ((1.4, 1.4, 1.4), 3, 1, 0)],
 )
-def test_workers_must_fit_the_nodes_one_by_one(nodes, count, cpus, holding):
-    """There are CPUs enough in all, but a worker cannot lie on two nodes."""
-    assert sum(nodes) >= count * cpus + count / 2
-    with pytest.raises(UserError, match=f"^{holding} workers of {cpus} CPUs fit the cluster's nodes of {nodes[0]}, "):
+def test_a_worker_lies_on_one_node_with_its_builders(nodes, count, cpus, holding):
+    """There are CPUs enough in all, but a worker cannot lie on two nodes, nor away from those who build for it."""
+    assert sum(nodes) >= count * cpus + count / 2 or not holding
+    with pytest.raises(UserError) as refused:
         require_room(Resources(nodes), WorkersConfig(count=count, cpus=cpus))
-    require_room(Resources(nodes), WorkersConfig(count=holding, cpus=cpus))
+    instead = f"lower workers.count to {holding}" if holding else "lower workers.cpus or workers.builders"
+    assert str(refused.value) == (
+        f"{count} workers of {cpus + 0.5} CPUs ({cpus} to train, 0.5 for each builder) do not fit the cluster, whose "
+        f"nodes ({len(nodes)} of {nodes[0]} CPUs) hold {holding} of them; {instead}."
+    )
+    if holding:
+        require_room(Resources(nodes), WorkersConfig(count=holding, cpus=cpus))
 
 
-def test_builders_may_share_what_is_left():
-    require_room(Resources((1.3, 1.3, 1.3, 1.3)), WorkersConfig(count=3))
-    with pytest.raises(UserError, match=r"need 4\.5 CPUs, but the cluster has 4\.2"):
-        require_room(Resources((1.4, 1.4, 1.4)), WorkersConfig(count=3))
+def test_cpus_and_gpus_have_to_be_on_one_node():
+    """Eight GPUs on a node of 32 CPUs, and many CPUs elsewhere: four workers of eight CPUs fit there, not eight."""
+    nodes = Resources((32, 128), (8, 0))
+    require_room(nodes, WorkersConfig(count=3, cpus=8))
+    with pytest.raises(UserError, match=r"8\.5 CPUs .* and a GPU do not .*\(1 of 32 CPUs and 8 GPUs, 1 of 128 CPUs\)"):
+        require_room(nodes, WorkersConfig(count=8, cpus=8))
+    require_room(nodes, WorkersConfig(count=8, cpus=8, gpu=False))
+
+
+def test_too_few_gpus_are_said_and_not_replaced_by_cpus():
+    half = Resources((64,), (4,))
+    with pytest.raises(UserError, match=r"lower workers\.count to 4, or set workers\.gpu to false\.$"):
+        require_room(half, WorkersConfig(count=8))
+    assert half.has_gpus_for(WorkersConfig()) and not Resources((64,)).has_gpus_for(WorkersConfig())
+
+
+def test_where_nodes_come_when_they_are_asked_for_nothing_is_refused():
+    require_room(Resources((0,), grows=True), WorkersConfig(count=8))
+    with pytest.raises(UserError, match=r"\(1 of 0 CPUs\) hold 0 of them"):
+        require_room(Resources((0,)), WorkersConfig(count=8))

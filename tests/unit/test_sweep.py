@@ -135,18 +135,21 @@ def test_as_many_trials_as_fit():
     assert concurrency(sweep(), two_cores) == 1
     # A trial of one worker and its builder take 1.5 CPUs of one node.
     assert concurrency(sweep(), Resources((8, 4, 2))) == 5 + 2 + 1
-    assert concurrency(sweep(), Resources((8, 4, 2), gpus=2), gpu=True) == 2
+    assert concurrency(sweep(), Resources((8, 4, 2), (0, 2, 0))) == 2
     pair = sweep(base={"workers": {"count": 2}})
     assert concurrency(pair, Resources((4, 4))) == 2
     assert concurrency(sweep(concurrency=2), Resources((8,))) == 2
     with pytest.raises(UserError, match="concurrency is 2 but 1 of these trials fit"):
         concurrency(sweep(concurrency=2), two_cores)
-    with pytest.raises(UserError, match=r"need 3 CPUs, but the cluster has 2"):
+    with pytest.raises(UserError, match=r"^2 workers of 1\.5 CPUs .* hold 1 of them; lower workers\.count to 1"):
         concurrency(pair, two_cores)
-    with pytest.raises(UserError, match=r"A trial needs 1\.5 CPUs .* nodes have 1, 1"):
+    with pytest.raises(UserError, match=r"^A trial needs 3\.01 CPUs, 0\.01 of them for its driver, .* has 3;"):
+        concurrency(pair, Resources((3,)))
+    with pytest.raises(UserError, match=r"\(2 of 1 CPUs\) hold 0 of them; lower workers\.cpus or workers\.builders"):
         concurrency(sweep(), Resources((1, 1)))
-    with pytest.raises(UserError, match="A worker of 5 CPUs has to lie on one node, and the largest has 4"):
-        concurrency(sweep(base={"workers": {"cpus": 5}}), Resources((4, 4)))
+    # An autoscaler brings the nodes of as many as the sweep asks for.
+    assert concurrency(sweep(concurrency=4), Resources((0,), grows=True)) == 4
+    assert concurrency(sweep(), Resources((0,), grows=True)) == 1
 
 
 def test_a_population_exchanges_nothing_at_the_last_step():
