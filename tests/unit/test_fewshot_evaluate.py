@@ -216,6 +216,15 @@ def test_every_suite_names_tasks_that_go_together(name):
         assert len(suite.tasks) == 13
 
 
+def test_a_suite_of_domains_tests_inside_and_on_every_other():
+    targets = {entry.train: entry.targets for entry in load_suite("domains").tasks}
+    sentiment = {f"{name}-sentiment" for name in ("film", "product", "news", "tweet")}
+    for name, tested in targets.items():
+        assert tested[0] == name
+        assert set(tested) == sentiment if name in sentiment else len(tested) == 2
+    assert sentiment <= set(targets)
+
+
 def test_what_is_asked_in_another_way_is_no_target():
     letters, pairs = load_definition("next-paragraph-letters"), load_definition("next-paragraph")
     for source, target in ((letters, pairs), (pairs, letters)):
