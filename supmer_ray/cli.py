@@ -13,19 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from supmer_ray import embedded
-from supmer_ray.config import (
-    AdaptConfig,
-    EvaluateConfig,
-    PrepareConfig,
-    build,
-    load_run_config,
-    load_sweep_config,
-    override,
-    read_yaml,
-    whole_name,
-)
+from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig, load_run_config, load_sweep_config, whole_name
 from supmer_ray.errors import Stopped, UserError, require_new_folder
 from supmer_ray.files import Place, require_new_place, without_keys
+from supmer_ray.reading import build, override, read_yaml
 
 app = typer.Typer(
     help="Learn a universal soft prompt and a gradient regularizer from unlabeled text, on Ray (SUPMER).",

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from supmer_ray.config import AdaptConfig, RunConfig, Section, assign, build
+from supmer_ray.config import AdaptConfig, RunConfig
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot import builtin
+from supmer_ray.reading import Schema, assign, build
 
 
 class Method(BaseModel):
@@ -59,7 +60,7 @@ class Method(BaseModel):
         return changed(base, self.adapt, f"method '{self.name}'")
 
 
-def changed(section: Section, changes: Mapping[str, Any], where: str) -> Section:
+def changed(section: Schema, changes: Mapping[str, Any], where: str) -> Schema:
     """`section` with dotted keys set.
 
     Raises:

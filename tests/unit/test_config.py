@@ -2,17 +2,9 @@
 
 import pytest
 
-from supmer_ray.config import (
-    AdaptConfig,
-    RunConfig,
-    SweepConfig,
-    TasksConfig,
-    build,
-    load_run_config,
-    override,
-    read_yaml,
-)
+from supmer_ray.config import AdaptConfig, RunConfig, SweepConfig, TasksConfig, load_run_config
 from supmer_ray.errors import UserError
+from supmer_ray.reading import build, override, read_yaml
 
 
 def test_defaults_are_the_papers():

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from supmer_ray.cluster import Resources
-from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, build, load_sweep_config
+from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, load_sweep_config
 from supmer_ray.errors import UserError
+from supmer_ray.reading import build
 from supmer_ray.sweep.picture import draw_sweep, importance, places
 from supmer_ray.sweep.space import run_config, settings_of, space
 from supmer_ray.sweep.trial import Objective, TrialHost
