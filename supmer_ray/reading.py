@@ -28,11 +28,12 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_is_a_number(cls, values: Any) -> Any:
-        """YAML reads a bare yes as true, which would count as 1."""
+        """YAML reads a bare yes as true, which would count as 1; where no number may stand, pydantic refuses it."""
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and not {bool, Any} & {field.annotation, *get_args(field.annotation)}:
-                raise ValueError(f"'{name}' is {str(value).lower()}; write a number or a word")
+            types = {field.annotation, *get_args(field.annotation)} if field else set()
+            if isinstance(value, bool) and {int, float} & types and bool not in types:
+                raise ValueError(f"'{name}' is {str(value).lower()}; write a number")
         return values
 
 
