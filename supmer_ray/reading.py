@@ -29,11 +29,13 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_is_a_number(cls, values: Any) -> Any:
         """YAML reads a bare yes as true, which would count as 1; where no number may stand, pydantic refuses it."""
+        known = _annotations(cls)
         for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            types = {field.annotation, *get_args(field.annotation)} if field else set()
-            if isinstance(value, bool) and {int, float} & types and bool not in types:
-                raise ValueError(f"'{name}' is {str(value).lower()}; write a number")
+            types = _types_in(known.get(name))
+            truth = _truth_in(value) if {int, float} & types and not {bool, Any} & types else None
+            if truth is not None:
+                says = "is" if value is truth else "holds"
+                raise ValueError(f"'{name}' {says} {str(truth).lower()}; write a number")
         return values
 
 
@@ -107,6 +109,19 @@ def _section_in(annotation: object) -> type[BaseModel] | None:
 
 def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _types_in(annotation: object) -> set[object]:
+    """The plain types in "float | None", "tuple[float, ...]" and "dict[str, float]"."""
+    return {annotation}.union(*map(_types_in, get_args(annotation)))
+
+
+def _truth_in(value: object) -> bool | None:
+    """The first true or false that `value` is or holds."""
+    if isinstance(value, bool):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((truth for truth in map(_truth_in, parts) if truth is not None), None)
 
 
 class _Yaml(yaml.SafeLoader):

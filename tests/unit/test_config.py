@@ -39,6 +39,8 @@ def test_defaults_are_the_papers():
         ("seed.x.y=1", r"Impossible value for 'seed'"),
         ("meta.steps.x=1", r"Impossible value for 'meta\.steps'"),
         ("meta.steps=yes", r"'steps' is true; write a number"),
+        ("meta.inner_rate=[0.1, yes]", r"'inner_rate' holds true; write a number"),
+        ("tasks.mixture={nsp: no, scc: 1}", r"'mixture' holds false; write a number"),
         ("meta.order=yes", r"'meta\.order'.*'first' or 'second', not True"),
         ("workers.cpus=.inf", r"'workers\.cpus'.*finite"),
         ("meta={steps: 3, steps: 4}", r"the key 'steps' stands twice"),
