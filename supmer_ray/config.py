@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from supmer_ray.errors import nearest
-from supmer_ray.reading import Section, assign, build, keys_at, override, read_yaml
+from supmer_ray.reading import Schema, Section, assign, build, keys_at, override, read_yaml
 
 PAPER_TASK_TYPES = ("nsp", "nss", "scsp", "scss", "scc")
 """The five self-supervised task types of the paper, in its order."""
@@ -454,13 +454,26 @@ def load_run_config(
     file: Path | None, assignments: Iterable[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """The run's configuration from a YAML file (or `defaults`, or the schema's) and `--set` overrides."""
-    values = read_yaml(file) if file else defaults or {}
-    where = str(file) if file else "the command line"
-    assignments = list(assignments)
-    if any(one.strip().startswith("tasks.mixture.") for one in assignments):
-        # One weight is set among the others, not alone.
-        values = assign(values, "tasks.mixture", (values.get("tasks") or {}).get("mixture") or TasksConfig().mixture)
-    return build(RunConfig, override(values, assignments), where)
+    return _load(RunConfig, "tasks.mixture", file, assignments, defaults)
+
+
+def load_evaluate_config(
+    file: Path | None, assignments: Iterable[str] = (), defaults: Mapping[str, Any] | None = None
+) -> EvaluateConfig:
+    """A comparison's configuration from a YAML file (or `defaults`, or the schema's) and `--set` overrides."""
+    return _load(EvaluateConfig, "run.tasks.mixture", file, assignments, defaults)
+
+
+def _load(
+    schema: type[Schema],
+    mixture: str,
+    file: Path | None,
+    assignments: Iterable[str],
+    defaults: Mapping[str, Any] | None,
+) -> Schema:
+    """A configuration whose weights of the task types stand at the key `mixture`: one is set among the others."""
+    values = override(read_yaml(file) if file else defaults or {}, assignments, {mixture: TasksConfig().mixture})
+    return build(schema, values, str(file) if file else "the command line")
 
 
 def load_sweep_config(file: Path) -> SweepConfig:

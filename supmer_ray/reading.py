@@ -172,8 +172,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+def override(
+    values: Mapping[str, Any], assignments: Iterable[str], starts: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """`values` with each "dotted.key=value" of `assignments` set; a value is read as YAML.
+
+    Args:
+        starts: dotted key of a mapping → what it holds where nothing is written there when an entry of it is set.
 
     Raises:
         UserError: an assignment without "=", or a key below something that is not a section.
@@ -181,10 +186,15 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
     result: dict[str, Any] = {key: value for key, value in values.items()}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
+        key = key.strip()
+        if not equals or not key:
             raise UserError(f"--set {assignment} has no '='; write --set key=value, for example --set meta.steps=500.")
         try:
-            result = assign(result, key.strip(), _parsed(text))
+            value = _parsed(text)
+            for start, entries in (starts or {}).items():
+                if key.startswith(f"{start}.") and not _at(result, start):
+                    result = assign(result, start, entries)
+            result = assign(result, key, value)
         except UserError as error:
             raise UserError(f"In --set {assignment} {error}") from None
         except KeyError as error:
@@ -192,6 +202,14 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
         except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
             raise UserError(f"--set {assignment}: '{text}' is not a YAML value; put it in quotes.") from None
     return result
+
+
+def _at(values: Mapping[str, Any], key: str) -> Any:
+    """What stands at a dotted key, or None."""
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def assign(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
