@@ -15,17 +15,15 @@ import typer
 from supmer_ray import embedded
 from supmer_ray.config import (
     AdaptConfig,
-    EvaluateConfig,
     PrepareConfig,
-    build,
+    load_evaluate_config,
     load_run_config,
     load_sweep_config,
-    override,
-    read_yaml,
     whole_name,
 )
 from supmer_ray.errors import Stopped, UserError, require_new_folder
 from supmer_ray.files import Place, require_new_place, without_keys
+from supmer_ray.reading import build, override, read_yaml
 
 app = typer.Typer(
     help="Learn a universal soft prompt and a gradient regularizer from unlabeled text, on Ray (SUPMER).",
@@ -219,14 +217,10 @@ def evaluate(
     """Compare methods over tasks and data seeds; those that need meta-training get it first."""
     if (suite is None) == (tasks is None):
         raise UserError("Say what to compare on: either --suite NAME or --tasks a,b.")
-    given_alone = override({}, set_ or ())
-    where = str(config) if config else "the command line"
-    if config is None and given_alone.get("backbone", "embedded") == "embedded":
-        config = embedded.SETTINGS
-    values = override(read_yaml(config) if config else {}, set_ or ())
-    if shots is not None:
-        values = override(values, [f"adapt.shots={shots}"])
-    settings = build(EvaluateConfig, values, where)
+    assignments = [*(set_ or ()), *([] if shots is None else [f"adapt.shots={shots}"])]
+    backbone = override({}, assignments).get("backbone", "embedded")
+    own = read_yaml(embedded.SETTINGS) if backbone == "embedded" else None
+    settings = load_evaluate_config(config, assignments, own)
     given = {}
     for pair in checkpoint or ():
         name, equals, folder = pair.partition("=")

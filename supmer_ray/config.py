@@ -4,21 +4,21 @@ A `RunConfig` says everything about a meta-training run except where its store a
 value is checked when the file is read: an unknown key is refused with the nearest valid one, an
 impossible value with the range that is allowed, and two settings that contradict each other by name.
 Defaults are the reference's values (SUPMER, appendix A) unless a comment says otherwise; on the embedded backbone,
-`supmer train`, `adapt` and `evaluate` start from `embedded/settings.yaml` instead.
+`supmer train`, `adapt` and `evaluate` start from `embedded/settings.yaml` instead. `reading.py` reads files and
+overrides and words the mistakes.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from supmer_ray.errors import UserError, nearest
+from supmer_ray.errors import nearest
+from supmer_ray.reading import Schema, Section, assign, build, keys_at, override, read_yaml
 
 PAPER_TASK_TYPES = ("nsp", "nss", "scsp", "scss", "scc")
 """The five self-supervised task types of the paper, in its order."""
@@ -34,21 +34,7 @@ Loss = Literal["vocabulary", "answers"]
 or the task's own answers alone, where the word of the answer stands."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_is_a_number(cls, values: Any) -> Any:
-        """YAML reads a bare yes as true, which would count as 1."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and not {bool, Any} & {field.annotation, *get_args(field.annotation)}:
-                raise ValueError(f"'{name}' is {str(value).lower()}; write a number or a word")
-        return values
-
-
-class PromptConfig(_Section):
+class PromptConfig(Section):
     """The soft prompt θ."""
 
     length: int = Field(100, ge=1, le=1000, description="P, rows of the prompt")
@@ -57,7 +43,7 @@ class PromptConfig(_Section):
     )
 
 
-class RegularizerConfig(_Section):
+class RegularizerConfig(Section):
     """The meta-gradient regularizer ψ_φ (paper, section 3.3)."""
 
     enabled: bool = Field(True, description="false: ψ is the identity (the paper's ablation without ψ)")
@@ -67,7 +53,7 @@ class RegularizerConfig(_Section):
     gate_hidden: int = Field(24, ge=1, description="hidden units of the gate")
 
 
-class TasksConfig(_Section):
+class TasksConfig(Section):
     """The meta-tasks and their mixture."""
 
     mixture: dict[str, float] = Field(
@@ -98,7 +84,7 @@ class TasksConfig(_Section):
         return self
 
 
-class CurriculumConfig(_Section):
+class CurriculumConfig(Section):
     """The mix-up curriculum (paper, section 3.4): λ ~ Beta(a, a·b), b = (m^s − 1)/(m − 1) + 1e-7."""
 
     enabled: bool = Field(True, description="false: λ = 1, a task is never mixed with its partner")
@@ -108,7 +94,7 @@ class CurriculumConfig(_Section):
     ema: float = Field(0.5, gt=0.0, le=1.0, description="weight of the newest similarity in s")
 
 
-class MetaConfig(_Section):
+class MetaConfig(Section):
     """The bi-level optimization."""
 
     steps: int = Field(2000, ge=1, description="meta-steps")
@@ -148,7 +134,7 @@ class MetaConfig(_Section):
         return self
 
 
-class WorkersConfig(_Section):
+class WorkersConfig(Section):
     """How the run is laid on the cluster."""
 
     count: int = Field(1, ge=1, description="Ray Train workers; each takes tasks_per_step / count tasks")
@@ -171,7 +157,7 @@ class WorkersConfig(_Section):
     )
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """What happens between meta-steps, counted in steps."""
 
     validate_every: int = Field(100, ge=1, description="validation before the first, every so many, and the last step")
@@ -182,7 +168,7 @@ class ScheduleConfig(_Section):
     )
 
 
-class MonitoringConfig(_Section):
+class MonitoringConfig(Section):
     """Where a run's figures go, beside its metrics file and the cluster's metrics port."""
 
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
@@ -190,7 +176,7 @@ class MonitoringConfig(_Section):
     )
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything about a meta-training run except its store and its output folder."""
 
     seed: int = Field(0, ge=0, description="of the start and of every meta-task")
@@ -212,7 +198,7 @@ class RunConfig(_Section):
         return self
 
 
-class DimensionConfig(_Section):
+class DimensionConfig(Section):
     """What a sweep tries for one setting: exactly one of the kinds."""
 
     uniform: tuple[float, float] | None = Field(None, description="a number between the two")
@@ -267,7 +253,7 @@ class DimensionConfig(_Section):
         return self.ends
 
 
-class AdaptConfig(_Section):
+class AdaptConfig(Section):
     """Few-shot adaptation: prompt tuning with ψ fixed, the step chosen on the dev split."""
 
     shots: int = Field(16, ge=1, description="K, training examples a class; the dev split has as many")
@@ -284,7 +270,7 @@ class AdaptConfig(_Section):
     )
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """What a sweep makes best: validation loss (lowest), or the dev accuracy of a few-shot task (highest)."""
 
     task: str | None = Field(
@@ -298,14 +284,14 @@ class ObjectiveConfig(_Section):
         return "max" if self.task else "min"
 
 
-class AshaConfig(_Section):
+class AshaConfig(Section):
     """Asynchronous successive halving: of the trials that reach a rung, only the best go on."""
 
     grace_steps: int = Field(ge=1, description="meta-steps that every trial gets")
     reduction: float = Field(3.0, gt=1, description="one trial in so many goes on from a rung to the next")
 
 
-class PbtConfig(_Section):
+class PbtConfig(Section):
     """Population-based training: every so often, poor trials go on from a good one's snapshot with other rates."""
 
     every_steps: int = Field(ge=1, description="meta-steps between two exchanges")
@@ -328,7 +314,7 @@ LIVE_KEYS = (
 SWEPT_SECTIONS = ("prompt", "regularizer", "tasks", "meta")
 
 
-class SweepConfig(_Section):
+class SweepConfig(Section):
     """A search: where it starts, which settings it varies, how it chooses them, and what is best."""
 
     base: RunConfig = Field(RunConfig(), description="the settings that all trials share")
@@ -387,9 +373,9 @@ class SweepConfig(_Section):
         *sections, last = key.split(".")
         if sections and sections[0] in RunConfig.model_fields and sections[0] not in SWEPT_SECTIONS:
             raise ValueError(f"'{key}' is not searched; only {', '.join(SWEPT_SECTIONS)} are")
-        known = list(_keys_at(RunConfig, sections))
+        known = list(keys_at(RunConfig, sections))
         if last not in known:
-            raise ValueError(f"unknown setting '{key}' in space; {nearest(last, known or _keys_at(RunConfig, []))}")
+            raise ValueError(f"unknown setting '{key}' in space; {nearest(last, known or keys_at(RunConfig, []))}")
         if key == "meta.steps" or not sections:
             raise ValueError(f"'{key}' is not searched: it must be the same for all trials that are compared")
         if (dimension.simplex is not None) != (key == "tasks.mixture") and not (
@@ -422,7 +408,7 @@ def whole_name(backbone: str) -> str:
 BackboneName = Annotated[str, AfterValidator(whole_name)]
 
 
-class PrepareConfig(_Section):
+class PrepareConfig(Section):
     """How a store is built from text."""
 
     sources: tuple[str, ...] = Field(
@@ -447,7 +433,7 @@ class PrepareConfig(_Section):
         return self
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """How methods are compared: the adaptation, and the meta-training of those that have no checkpoint."""
 
     backbone: BackboneName = Field("embedded", description="'embedded', a folder, or a hub name")
@@ -464,177 +450,30 @@ class EvaluateConfig(_Section):
     prepare: PrepareConfig | None = Field(None, description="how to make the store where none is given")
 
 
-Section = TypeVar("Section", bound=BaseModel)
-
-
-def build(schema: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """Check `values` against `schema`.
-
-    Args:
-        where: what the user would open to mend a mistake: a file, or "the command line".
-
-    Raises:
-        UserError: an unknown key, an impossible value or a contradiction, with the key's full path.
-    """
-    try:
-        return schema.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            keys = [str(part) for part in first["loc"]]
-            path, known = ".".join(keys), _keys_at(schema, keys[:-1])
-            raise UserError(f"Unknown key '{path}' in {where}; {nearest(keys[-1], known)}") from None
-        path = ".".join(_written(schema, first["loc"]))
-        if first["type"] == "missing":
-            raise UserError(f"Missing key '{path}' in {where}; write it.") from None
-        reason = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-        what = f"value for '{path}'" if path else "settings"
-        sentence = f"Impossible {what} in {where}: {reason}{got}"
-        raise UserError(sentence if sentence.endswith((".", "?")) else f"{sentence}.") from None
-
-
-def _keys_at(schema: type[BaseModel], path: list[str]) -> Iterable[str]:
-    keys = iter(path)
-    for key in keys:
-        annotation = _annotations(schema).get(key)
-        if get_origin(annotation) in (dict, tuple):
-            next(keys, None)  # the user's own name of an entry, or its number
-        below = _section_in(annotation)
-        if below is None:
-            return []
-        schema = below
-    return _annotations(schema)
-
-
-def _written(schema: type[BaseModel] | None, location: Sequence[int | str]) -> list[str]:
-    """As much of an error's location as a user has written; behind it may stand the kinds that a value may have."""
-    path: list[str] = []
-    own_name = False
-    for part in location:
-        known = _annotations(schema) if schema else {}
-        if not own_name and isinstance(part, str) and part not in known:
-            break
-        path.append(str(part))
-        if own_name or isinstance(part, int):
-            own_name = False
-            continue
-        annotation = known[part]
-        own_name, schema = get_origin(annotation) is dict, _section_in(annotation)
-    return path
-
-
-def _annotations(schema: type[BaseModel]) -> dict[str, Any]:
-    """The keys of a section as a user writes them, each with its type."""
-    return {field.alias or name: field.annotation for name, field in schema.model_fields.items()}
-
-
-def _section_in(annotation: object) -> type[BaseModel] | None:
-    """The section of "Section", "Section | None", "dict[str, Section]" and "tuple[Section, …]"."""
-    return next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
-
-
-def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, and a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [
-            key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
-        ]  # << brings what own keys may replace
-        keys = [self.construct_object(key, deep=True) for key in own]
-        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-        if twice is not None:
-            raise UserError(
-                f"the key '{twice}' stands twice below line {node.start_mark.line + 1}; keep one of the two."
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parsed(text: str) -> Any:
-    return yaml.load(text, _Yaml)
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML mapping from `file`.
-
-    Raises:
-        UserError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        values = _parsed(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {file}: {error.strerror or error}.") from None
-    except UserError as error:
-        raise UserError(f"In {file} {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        place = f" near line {line + 1}" if line is not None else ""
-        raise UserError(f"{file} is not valid YAML{place}; check its indentation and quotes.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds a {type(values).__name__}; write 'key: value' lines instead.")
-    return values
-
-
-def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """`values` with each "dotted.key=value" of `assignments` set; a value is read as YAML.
-
-    Raises:
-        UserError: an assignment without "=", or a key below something that is not a section.
-    """
-    result: dict[str, Any] = {key: value for key, value in values.items()}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"--set {assignment} has no '='; write --set key=value, for example --set meta.steps=500.")
-        try:
-            result = assign(result, key.strip(), _parsed(text))
-        except UserError as error:
-            raise UserError(f"In --set {assignment} {error}") from None
-        except KeyError as error:
-            raise UserError(f"--set {assignment}: '{error.args[0]}' is a value, not a section.") from None
-        except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
-            raise UserError(f"--set {assignment}: '{text}' is not a YAML value; put it in quotes.") from None
-    return result
-
-
-def assign(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """`values` with one dotted key set; nothing of the original is changed.
-
-    Raises:
-        KeyError: a part of the key that is a value, not a section.
-    """
-    result = dict(values)
-    first, dot, rest = key.partition(".")
-    if not dot:
-        return {**result, first: value}
-    below = result.get(first) or {}
-    if not isinstance(below, Mapping):
-        raise KeyError(first)
-    return {**result, first: assign(below, rest, value)}
-
-
 def load_run_config(
     file: Path | None, assignments: Iterable[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """The run's configuration from a YAML file (or `defaults`, or the schema's) and `--set` overrides."""
-    values = read_yaml(file) if file else defaults or {}
-    where = str(file) if file else "the command line"
-    assignments = list(assignments)
-    if any(one.strip().startswith("tasks.mixture.") for one in assignments):
-        # One weight is set among the others, not alone.
-        values = assign(values, "tasks.mixture", (values.get("tasks") or {}).get("mixture") or TasksConfig().mixture)
-    return build(RunConfig, override(values, assignments), where)
+    return _load(RunConfig, "tasks.mixture", file, assignments, defaults)
+
+
+def load_evaluate_config(
+    file: Path | None, assignments: Iterable[str] = (), defaults: Mapping[str, Any] | None = None
+) -> EvaluateConfig:
+    """A comparison's configuration from a YAML file (or `defaults`, or the schema's) and `--set` overrides."""
+    return _load(EvaluateConfig, "run.tasks.mixture", file, assignments, defaults)
+
+
+def _load(
+    schema: type[Schema],
+    mixture: str,
+    file: Path | None,
+    assignments: Iterable[str],
+    defaults: Mapping[str, Any] | None,
+) -> Schema:
+    """A configuration whose weights of the task types stand at the key `mixture`: one is set among the others."""
+    values = override(read_yaml(file) if file else defaults or {}, assignments, {mixture: TasksConfig().mixture})
+    return build(schema, values, str(file) if file else "the command line")
 
 
 def load_sweep_config(file: Path) -> SweepConfig:

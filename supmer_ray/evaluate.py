@@ -28,7 +28,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from supmer_ray.cluster import connect
-from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig, RunConfig, build
+from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig, RunConfig
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, Store, read_manifest
 from supmer_ray.errors import UserError, nearest, require_new_folder
@@ -44,6 +44,7 @@ from supmer_ray.files import Place, Where, held, read_sealed, require_outside, w
 from supmer_ray.meta.record import read_rows
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import Backbone, load_backbone
+from supmer_ray.reading import build
 from supmer_ray.tasks.types import require_domains
 from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
 

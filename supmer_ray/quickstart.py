@@ -21,7 +21,7 @@ from rich.table import Table
 
 from supmer_ray import embedded
 from supmer_ray.cluster import connect
-from supmer_ray.config import AdaptConfig, PrepareConfig, RunConfig, build, read_yaml
+from supmer_ray.config import AdaptConfig, PrepareConfig, RunConfig
 from supmer_ray.console import duration, stage
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import require_new_folder
@@ -31,6 +31,7 @@ from supmer_ray.fewshot.method import load_method
 from supmer_ray.files import whole_file
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
+from supmer_ray.reading import build, read_yaml
 from supmer_ray.train import train
 
 SOURCES = ("bbc", "rotten-tomatoes")

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from supmer_ray import figures
-from supmer_ray.config import RunConfig, build
+from supmer_ray.config import RunConfig
 from supmer_ray.console import duration
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
@@ -30,6 +30,7 @@ from supmer_ray.evaluate import DESCRIPTION, RESULTS
 from supmer_ray.fewshot.comparison import gaps, probability, summarize
 from supmer_ray.files import Place, Where, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
+from supmer_ray.reading import build
 from supmer_ray.train import CONFIG_FILE
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ import torch
 
 from supmer_ray.benchmark.memory import peak_memory_of_all
 from supmer_ray.benchmark.step import timed
-from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig, build
+from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig
 from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
 from supmer_ray.data.store import Store
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import micro_batches
+from supmer_ray.reading import build
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.formats import Formats

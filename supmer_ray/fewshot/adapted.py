@@ -19,7 +19,7 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from supmer_ray.config import AdaptConfig, build
+from supmer_ray.config import AdaptConfig
 from supmer_ray.errors import UserError, require_new_folder, require_path, require_writable
 from supmer_ray.fewshot.adapt import Progress, score
 from supmer_ray.fewshot.definition import TaskDefinition
@@ -27,6 +27,7 @@ from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabil
 from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
 from supmer_ray.files import whole_folder
 from supmer_ray.model.backbone import Backbone, best_device, load_backbone
+from supmer_ray.reading import build
 
 PREDICTED, PROBABILITY = "predicted_label", "probability"
 """The columns that `predict` adds."""

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from supmer_ray.config import build, read_yaml
 from supmer_ray.errors import UserError, nearest
+from supmer_ray.reading import build, read_yaml
 
 Thing = TypeVar("Thing", bound=BaseModel)
 

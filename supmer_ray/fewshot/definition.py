@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from supmer_ray.errors import UserError, first_line, nearest
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.tables import read_headerless, read_table, read_tsv, require_columns
+from supmer_ray.reading import Section
 
 MASK = "mask"
 """The name that stands for the answer's place in a pattern."""
@@ -33,25 +34,21 @@ WRONG, RIGHT = "wrong", "right"
 """What a multiple choice that is asked candidate by candidate has verbalizers for."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileSplits(_Section):
+class FileSplits(Section):
     """Train and test rows in CSV, JSONL or Parquet files; relative paths start at the YAML's folder."""
 
     train: Path
     test: Path
 
 
-class SplitNames(_Section):
+class SplitNames(Section):
     """What a data set calls its train and test rows."""
 
     train: str = "train"
     test: str = "test"
 
 
-class DatasetSplits(_Section):
+class DatasetSplits(Section):
     """A data set of the hub, or a folder that the `datasets` library reads; a relative one starts at the YAML's."""
 
     name: str
@@ -59,7 +56,7 @@ class DatasetSplits(_Section):
     splits: SplitNames = SplitNames()
 
 
-class PublishedSplits(_Section):
+class PublishedSplits(Section):
     """Train and test rows in files as a benchmark publishes them.
 
     Attributes:
@@ -74,8 +71,8 @@ class PublishedSplits(_Section):
     train: Path
     test: Path
     header: tuple[str, ...] = ()
-    columns: dict[str, str] = {}
-    labels: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
 
     def below(self, folder: Path) -> PublishedSplits:
         """The same splits with paths that start at `folder`."""
@@ -96,7 +93,7 @@ class PublishedSplits(_Section):
         return frame.assign(**{label: frame[label].map(lambda value: self.labels.get(str(value), value))})
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """Where the rows come from: exactly one of the four."""
 
     catalog: str | None = None
@@ -117,7 +114,7 @@ class DataSource(_Section):
         return [Path(self.dataset.name)] if self.dataset and Path(self.dataset.name).is_dir() else []
 
 
-class TaskDefinition(_Section):
+class TaskDefinition(Section):
     """A labelled task: what to read and how to ask the language model about it.
 
     Attributes:
@@ -137,9 +134,9 @@ class TaskDefinition(_Section):
     description: str = ""
     data: DataSource
     published: PublishedSplits | None = None
-    where: dict[str, tuple[str, ...]] = {}
+    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     fields: tuple[str, ...] = Field(min_length=1)
-    candidates: dict[str, str] = {}
+    candidates: dict[str, str] = Field(default_factory=dict)
     label: str = "label"
     patterns: tuple[str, ...] = Field(min_length=1)
     verbalizers: dict[str, str] = Field(min_length=2)

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from supmer_ray.config import AdaptConfig, RunConfig, Section, assign, build
+from supmer_ray.config import AdaptConfig, RunConfig
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot import builtin
+from supmer_ray.reading import Schema, Section, assign, build
 
 
-class Method(BaseModel):
+class Method(Section):
     """One way to learn a task from K examples a class.
 
     Attributes:
@@ -28,13 +29,11 @@ class Method(BaseModel):
         adapt: key → value, changes to the adaptation's configuration.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str = Field(min_length=1)
     description: str = ""
     learns: Literal["prompt", "weights", "probe", "nothing"]
     meta: dict[str, Any] | None = None
-    adapt: dict[str, Any] = {}
+    adapt: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _only_prompts_are_meta_trained(self) -> Method:
@@ -59,7 +58,7 @@ class Method(BaseModel):
         return changed(base, self.adapt, f"method '{self.name}'")
 
 
-def changed(section: Section, changes: Mapping[str, Any], where: str) -> Section:
+def changed(section: Schema, changes: Mapping[str, Any], where: str) -> Schema:
     """`section` with dotted keys set.
 
     Raises:

@@ -9,16 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from supmer_ray.fewshot import builtin
+from supmer_ray.reading import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SuiteEntry(_Section):
+class SuiteEntry(Section):
     """One task to adapt on.
 
     Attributes:
@@ -44,7 +41,7 @@ class SuiteEntry(_Section):
         return self.test or (self.train,)
 
 
-class Suite(_Section):
+class Suite(Section):
     """Tasks that are reported together."""
 
     name: str = Field(min_length=1)
@@ -59,7 +56,7 @@ class Suite(_Section):
         return [{"train": task} if isinstance(task, str) else task for task in tasks]
 
 
-class Curve(_Section):
+class Curve(Section):
     """One setting of the comparison and the values it takes: "adapt.shots", "run.prompt.length", "prepare.domains"."""
 
     name: str = Field(min_length=1)

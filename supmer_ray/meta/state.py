@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from supmer_ray.config import RunConfig, build
+from supmer_ray.config import RunConfig
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, Where, read_sealed, seal, write_json
 from supmer_ray.meta.run import PROGRESS
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
+from supmer_ray.reading import build
 
 CHECKPOINT_FORMAT = 1
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ray import tune as ray_tune
 
-from supmer_ray.config import RunConfig, SweepConfig, assign, build
+from supmer_ray.config import RunConfig, SweepConfig
+from supmer_ray.reading import assign, build
 
 
 def space(config: SweepConfig) -> dict[str, Any]:

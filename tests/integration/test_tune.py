@@ -18,7 +18,7 @@ import yaml
 from cluster import PATIENCE_SECONDS, Cluster, assert_all_is_free
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
-from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, build, load_run_config, load_sweep_config
+from supmer_ray.config import AdaptConfig, ObjectiveConfig, SweepConfig, load_run_config, load_sweep_config
 from supmer_ray.data.store import Store, read_manifest
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import load_definition
@@ -28,6 +28,7 @@ from supmer_ray.meta.loop import meta_train
 from supmer_ray.meta.run import GROUP_FILE, RunPlan, snapshots_in
 from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import load_backbone
+from supmer_ray.reading import build
 from supmer_ray.sweep.trial import RUNS, Objective
 from supmer_ray.sweep.watch import Watch
 from supmer_ray.tune import SWEEP_FILE, tune

@@ -12,6 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from supmer_ray.cli import main
+from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES
+from supmer_ray.errors import UserError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "meta_step.safetensors"
 
@@ -101,6 +103,24 @@ def test_an_evaluation_says_what_it_compares(tmp_path):
     message = refused("evaluate", "--out", out, "--tasks", "bbc-topic", "--methods", twice)
     assert "'prompt.length.x' goes below 'length', which is no section" in message
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("assignments", "mixture"),
+    [
+        (["backbone=some/name"], dict.fromkeys(PAPER_TASK_TYPES, 1.0)),
+        (["backbone=some/name", "run.tasks.mixture.sck=1"], dict.fromkeys(TASK_TYPES, 1.0)),
+        ([], {"nsp": 1.0, "scsp": 1.0}),
+        (["run.tasks.mixture.sck=1"], {"nsp": 1.0, "scsp": 1.0, "sck": 1.0}),
+    ],
+)
+def test_a_comparison_starts_from_what_suits_its_backbone(tmp_path, monkeypatch, assignments, mixture):
+    def told(plan, out, **_):
+        raise UserError(str(plan.config.run.tasks.mixture))
+
+    monkeypatch.setattr("supmer_ray.evaluate.evaluate", told)
+    settings = [part for one in assignments for part in ("--set", one)]
+    assert str(mixture) in refused("evaluate", "--tasks", "bbc-topic", "--out", tmp_path / "out", *settings)
 
 
 def test_inputs_that_do_not_exist(tmp_path):

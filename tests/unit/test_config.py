@@ -3,16 +3,16 @@
 import pytest
 
 from supmer_ray.config import (
+    TASK_TYPES,
     AdaptConfig,
     RunConfig,
     SweepConfig,
     TasksConfig,
-    build,
+    load_evaluate_config,
     load_run_config,
-    override,
-    read_yaml,
 )
 from supmer_ray.errors import UserError
+from supmer_ray.reading import build, override, read_yaml
 
 
 def test_defaults_are_the_papers():
@@ -46,7 +46,10 @@ def test_defaults_are_the_papers():
         ("prompt.length", r"has no '='"),
         ("seed.x.y=1", r"Impossible value for 'seed'"),
         ("meta.steps.x=1", r"Impossible value for 'meta\.steps'"),
-        ("meta.steps=yes", r"'steps' is true; write a number or a word"),
+        ("meta.steps=yes", r"'steps' is true; write a number"),
+        ("meta.inner_rate=[0.1, yes]", r"'inner_rate' holds true; write a number"),
+        ("tasks.mixture={nsp: no, scc: 1}", r"'mixture' holds false; write a number"),
+        ("meta.order=yes", r"'meta\.order'.*'first' or 'second', not True"),
         ("workers.cpus=.inf", r"'workers\.cpus'.*finite"),
         ("meta={steps: 3, steps: 4}", r"the key 'steps' stands twice"),
     ],
@@ -115,3 +118,11 @@ def test_one_weight_is_set_among_the_others():
     assert load_run_config(None, ["tasks.mixture.nsp=2"]).tasks.mixture == {**TasksConfig().mixture, "nsp": 2.0}
     alone = load_run_config(None, ["tasks.mixture.sck=1"], {"tasks": {"mixture": {"nsp": 1}}})
     assert alone.tasks.mixture == {"nsp": 1.0, "sck": 1.0}
+    # In a comparison as in a run, and among what is left of a section that was set before.
+    assignments = ["run.tasks={support: 4}", "run.tasks.mixture.sck=1"]
+    tasks = load_evaluate_config(None, assignments, {"backbone": "some/name"}).run.tasks
+    assert (tasks.mixture, tasks.support) == (dict.fromkeys(TASK_TYPES, 1.0), 4)
+    with pytest.raises(UserError, match="'mixture' is a value, not a section"):
+        load_run_config(None, ["tasks.mixture.nsp=1"], {"tasks": {"mixture": 3}})
+    with pytest.raises(UserError, match="'tasks' is a value, not a section"):
+        load_run_config(None, ["tasks.mixture.nsp=1"], {"tasks": 3})

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from supmer_ray.config import EvaluateConfig, build, read_yaml
+from supmer_ray.config import EvaluateConfig
 from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, resolve, words
 from supmer_ray.embedded.assemble import load_encoder, tuned_layers
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
@@ -16,6 +16,7 @@ from supmer_ray.errors import UserError
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.model.prompted import answer_logits, encode_prompted
+from supmer_ray.reading import build, read_yaml
 from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.types import ANSWERS

@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from supmer_ray import embedded
-from supmer_ray.config import EvaluateConfig, build
+from supmer_ray.config import EvaluateConfig
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import DESCRIPTION, Plan, _note, _read_tasks, _require_same, evaluate
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.files import Place, require_new_place
+from supmer_ray.reading import build
 
 
 def make_plan(*tasks, methods=("zero-shot",), curve=None, **changes):

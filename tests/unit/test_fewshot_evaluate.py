@@ -205,6 +205,13 @@ def test_a_method_that_makes_no_sense_is_refused(tmp_path):
         method.run_config(RunConfig())
 
 
+def test_a_truth_is_no_number_in_a_suite(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("name: own\ntasks: [{train: bbc-topic, max_shots: yes}]\n")
+    with pytest.raises(UserError, match=r"'tasks\.0' in .*own\.yaml: 'max_shots' is true; write a number\."):
+        load_suite(file)
+
+
 @pytest.mark.parametrize("name", builtin.names("suites"))
 def test_every_suite_names_tasks_that_go_together(name):
     suite = load_suite(name)

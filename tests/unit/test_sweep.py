@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from supmer_ray.cluster import Resources
-from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, build, load_sweep_config
+from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, load_sweep_config
 from supmer_ray.errors import UserError
+from supmer_ray.reading import build
 from supmer_ray.sweep.picture import draw_sweep, importance, places
 from supmer_ray.sweep.space import run_config, settings_of, space
 from supmer_ray.sweep.trial import Objective, TrialHost
@@ -50,6 +51,7 @@ def test_every_shipped_space_gives_configurations_that_can_run(name):
         ({"space": {"meta.prompt_rate": {}}}, r"exactly one of"),
         ({"space": {"prompt.length": {"choice": [0, 5]}}}, r"space tries prompt\.length = 0"),
         ({"space": {"prompt.length": {"uniform": [10, 50]}}}, r"space tries prompt\.length = 22\.7.*integer"),
+        ({"space": {"prompt.length": {"int": [True, 5]}}}, r"'int' holds true; write a number"),
         ({"space": {"meta.steps": {"int": [1, 5]}}}, r"'meta\.steps' is not searched"),
         ({"space": {"workers.count": {"int": [1, 2]}}}, r"'workers\.count' is not searched; only prompt"),
         ({"space": {"tasks.mixture": {"uniform": [0, 1]}}}, r"tasks\.mixture takes simplex or choice"),
