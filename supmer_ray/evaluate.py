@@ -34,8 +34,8 @@ from supmer_ray.data.store import MANIFEST, Store, read_manifest
 from supmer_ray.errors import UserError, nearest, require_new_folder
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.comparison import AVERAGE, gaps, markdown, summarize
-from supmer_ray.fewshot.definition import load_definition
-from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
+from supmer_ray.fewshot.definition import TaskRows, load_definition, require_same_labels
+from supmer_ray.fewshot.evaluate import evaluate_method
 from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry

@@ -13,8 +13,7 @@ from comparing import ADAPT, METHODS
 
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _run_cell, evaluate
-from supmer_ray.fewshot.definition import load_definition
-from supmer_ray.fewshot.evaluate import TaskRows
+from supmer_ray.fewshot.definition import TaskRows, load_definition
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.model.backbone import load_backbone
 
