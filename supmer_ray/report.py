@@ -26,8 +26,8 @@ from supmer_ray.config import RunConfig, build
 from supmer_ray.console import duration
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.evaluate import DESCRIPTION, RESULTS
 from supmer_ray.fewshot.comparison import gaps, pair_name, probability, summarize
+from supmer_ray.fewshot.plan import DESCRIPTION, RESULTS
 from supmer_ray.files import Place, Where, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.train import CONFIG_FILE

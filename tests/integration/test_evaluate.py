@@ -95,7 +95,7 @@ def test_a_curve_gives_each_value_its_rows(along_shots):
 def test_a_curve_asks_for_the_runs_and_stores_that_differ(plan):
     def variants(key, values, **changes):
         curve = Curve(name="c", key=key, values=values)
-        return [(point.run, point.store) for point in plan(["supmer"], curve=curve, **changes).points()]
+        return [(point.run_variant, point.store_variant) for point in plan(["supmer"], curve=curve, **changes).points()]
 
     assert variants("adapt.shots", (2, 4)) == [("", ""), ("", "")]
     assert variants("run.meta.steps", (1, 2)) == [("meta.steps = 1", ""), ("meta.steps = 2", "")]

@@ -9,8 +9,9 @@ import yaml
 from supmer_ray import embedded
 from supmer_ray.config import EvaluateConfig, build
 from supmer_ray.errors import UserError
-from supmer_ray.evaluate import DESCRIPTION, Plan, _note, _read_tasks, _require_same, evaluate
+from supmer_ray.evaluate import _note, evaluate
 from supmer_ray.fewshot.method import load_method
+from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.files import Place, require_new_place
 
@@ -76,9 +77,9 @@ def own_task(tmp_path):
 )
 def test_a_task_that_changed_is_not_resumed(own_task, tmp_path, changes):
     plan = make_plan(own_task())
-    started = plan.description(_read_tasks(plan))
+    started = plan.description(plan.read_tasks())
     (tmp_path / DESCRIPTION).write_text(json.dumps(started))
-    _require_same(tmp_path, plan.description(_read_tasks(plan)))
+    require_same(tmp_path, plan.description(plan.read_tasks()))
     own_task(**changes)
     with pytest.raises(UserError, match=r"was started with another 'tasks'"):
         evaluate(plan, tmp_path, resume=True)
@@ -172,9 +173,9 @@ def test_a_backbone_in_a_folder_is_told_apart_by_its_weights(own_task, tmp_path)
     folder.mkdir()
     plan = make_plan(own_task(), backbone=str(folder))
     (folder / "model.safetensors").write_bytes(b"one")
-    before = plan.description(_read_tasks(plan))
+    before = plan.description(plan.read_tasks())
     (folder / "model.safetensors").write_bytes(b"other")
-    assert plan.description(_read_tasks(plan)) != before
+    assert plan.description(plan.read_tasks()) != before
 
 
 def test_no_key_of_a_curve_s_source_is_shown():
