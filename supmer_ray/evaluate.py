@@ -2,7 +2,8 @@
 
 The unit of work is a cell: one method on one task with all its seeds, adapted together. Cells run as Ray
 tasks; each leaves a file when it is done, so that an evaluation that was killed goes on where it was. What is
-compared is a `Plan` (`fewshot/plan.py`); here it is run.
+compared is a `Plan` (`fewshot/plan.py`); here it is run. Torch is imported by the workers alone, and Ray when the
+plan has been checked, so that a mistake is told at once.
 
     OUT/evaluation.json     what is compared, on which rows, under which settings, from which checkpoints
     OUT/stores/, OUT/runs/  stores and meta-training runs that the methods needed and nobody gave
@@ -18,21 +19,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import ray
-import torch
-from ray.exceptions import RayTaskError
 
 from supmer_ray.cluster import connect
 from supmer_ray.config import Precision, PrepareConfig
-from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.fewshot.comparison import gaps, markdown, summarize
 from supmer_ray.fewshot.definition import TaskRows
-from supmer_ray.fewshot.evaluate import evaluate_method
 from supmer_ray.fewshot.method import Method
 from supmer_ray.fewshot.plan import (
     CELLS,
@@ -53,9 +49,10 @@ from supmer_ray.fewshot.plan import (
 from supmer_ray.fewshot.tables import write_table
 from supmer_ray.files import Place, held, require_outside, whole_file, write_json
 from supmer_ray.meta.record import read_rows
-from supmer_ray.meta.state import load_checkpoint
-from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
+
+if TYPE_CHECKING:
+    from supmer_ray.model.backbone import Backbone
 
 LOOK_SECONDS = 5.0
 """How often whoever follows is told that cells are still at work: one may take minutes."""
@@ -129,6 +126,8 @@ def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progr
 
 
 def _store(point: Point, out: Path, tell: Progress) -> Path:
+    from supmer_ray.data.prepare import prepare
+
     assert point.config.prepare
     folder = out / STORES / file_name("store", point.store_variant)
     if not (folder / MANIFEST).is_file():
@@ -141,6 +140,9 @@ def _store(point: Point, out: Path, tell: Progress) -> Path:
 def _run_cells(
     plan: Plan, rows: Mapping[str, TaskRows], checkpoints: Mapping[tuple[str, str], Place], out: Path, tell: Progress
 ) -> None:
+    import ray
+    from ray.exceptions import RayTaskError
+
     cells = plan.cells()
     waiting = [cell for cell in cells if not _cell_file(out, cell).is_file()]
     if not waiting:
@@ -177,6 +179,9 @@ def _run_cell(
     cell: Cell, source: TaskRows, seeds: int, checkpoint: Place | None, threads: int, gpu: bool, *targets: TaskRows
 ) -> list[dict[str, Any]]:
     """The rows of one cell, computed in a Ray worker."""
+    from supmer_ray.fewshot.evaluate import evaluate_method
+    from supmer_ray.meta.state import load_checkpoint
+
     config = cell.point.config
     backbone = _backbone(config.backbone, config.precision, threads, gpu)
     outcomes = evaluate_method(
@@ -198,6 +203,10 @@ def _run_cell(
 @lru_cache(maxsize=1)
 def _backbone(name: str, precision: Precision | None, threads: int, gpu: bool) -> Backbone:
     """The language model, loaded once in each worker process."""
+    import torch
+
+    from supmer_ray.model.backbone import load_backbone
+
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, precision) if precision else None
     return load_backbone(name, device=device, dtype=dtype, threads=threads)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 AVERAGE = "average"
 """The name under which a method's mean over the tasks stands; only tasks tested on themselves count."""
@@ -28,6 +27,8 @@ def paired(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
         `difference`, the mean; `low` and `high`, its 95 % percentile bootstrap interval; `p` of the paired
         t-test, two-sided. NaN where fewer than two pairs, or differences all alike, say nothing.
     """
+    import scipy.stats  # half of what the whole module takes to import, and a plan or a report may need no test
+
     differences = np.asarray(scores, float) - np.asarray(baseline, float)
     result = {"difference": float(differences.mean()), "low": np.nan, "high": np.nan, "p": np.nan}
     if len(differences) < 2 or np.ptp(differences) < 1e-12:

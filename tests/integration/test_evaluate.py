@@ -111,7 +111,7 @@ def test_a_cell_computes_in_the_precision_that_was_asked_for(plan, monkeypatch, 
         loaded.append(load_backbone(*arguments, **options))
         return loaded[-1]
 
-    monkeypatch.setattr("supmer_ray.evaluate.load_backbone", watched)
+    monkeypatch.setattr("supmer_ray.model.backbone.load_backbone", watched)
     cell = plan(["zero-shot"], store=False, precision=precision).cells()[1]
     task = TaskRows.of(load_definition(cell.entry.train))
     rows = _run_cell(cell, task, 1, None, 1, False, task)
