@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig, RunConfig, build
+from supmer_ray.data.sources import place_of
 from supmer_ray.data.store import Store, read_manifest
 from supmer_ray.errors import UserError, nearest
 from supmer_ray.fewshot import builtin
@@ -148,8 +150,9 @@ class Plan:
             own = builtin.own_file(name)
             files = [*([own] if own else []), *task.definition.data.places()]
             inputs[f"file for task '{task.definition.name}'"] = [Place.of(file) for file in files]
-        sources = self.config.prepare.sources if self.config.prepare else ()
-        inputs["source"] = [Place.of(name) for name in sources if Path(name).exists()]
+        prepared = [point.config.prepare.sources for point in self.points() if point.config.prepare]
+        inputs["source"] = [place for name in chain(*prepared) if (place := place_of(name))]
+        inputs["backbone"] = [Place.of(self.config.backbone)] if Path(self.config.backbone).is_dir() else []
         return inputs
 
     def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:

@@ -113,6 +113,31 @@ def test_overwriting_spares_the_inputs(tmp_path):
     assert (out / "stores" / "store").is_dir()
 
 
+@pytest.mark.parametrize("spelt", ["{out}/kept.jsonl::body", "{out}/*.jsonl", "file://{out}/kept.jsonl", "~/out"])
+def test_overwriting_spares_the_sources(own_task, tmp_path, monkeypatch, spelt):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / DESCRIPTION).write_text("{}")
+    source = spelt.format(out=out)
+    curve = Curve(name="corpora", key="prepare.sources", values=(["bbc"], [source]))
+    for plan in (
+        make_plan(own_task(), prepare={"sources": ["bbc", source]}),
+        make_plan(own_task(), prepare={"sources": ["bbc"]}, curve=curve),
+    ):
+        with pytest.raises(UserError, match=r"The source .* lies within the output .*out, which --overwrite would"):
+            evaluate(plan, out, overwrite=True)
+    assert (out / DESCRIPTION).is_file()
+
+
+def test_overwriting_spares_the_backbone(own_task, tmp_path):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / DESCRIPTION).write_text("{}")
+    with pytest.raises(UserError, match=r"The backbone .*model lies within the output"):
+        evaluate(make_plan(own_task(), backbone=str(out / "model")), out, overwrite=True)
+
+
 def test_the_note_says_the_shots_that_were_used():
     plain = _note(make_plan("bbc-topic", adapt={"shots": 4}), {})
     assert plain.startswith("K = 4 examples a class to train on and as many for the dev split, 200 steps; ")
