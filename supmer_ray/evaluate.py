@@ -15,7 +15,9 @@ plan has been checked, so that a mistake is told at once.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from supmer_ray.cluster import connect
+from supmer_ray.cluster import Resources, connect
 from supmer_ray.config import Precision, PrepareConfig
 from supmer_ray.data.store import MANIFEST
 from supmer_ray.errors import UserError, require_new_folder
@@ -59,6 +61,9 @@ LOOK_SECONDS = 5.0
 
 Progress = Callable[[str, int, int | None, str], None]
 """Called with what is being done, how much of it is done, of how much (if known), and in what unit."""
+
+_Rows = list[dict[str, Any]]
+"""What comes of a cell."""
 
 
 def evaluate(
@@ -140,6 +145,12 @@ def _store(point: Point, out: Path, tell: Progress) -> Path:
 def _run_cells(
     plan: Plan, rows: Mapping[str, TaskRows], checkpoints: Mapping[tuple[str, str], Place], out: Path, tell: Progress
 ) -> None:
+    """Run the cells that have no file yet, as Ray tasks, and write a file for each.
+
+    Raises:
+        UserError: what a cell refused.
+        Exception: what else the first cell that failed ended with. Those that ran beside it have their files.
+    """
     import ray
     from ray.exceptions import RayTaskError
 
@@ -148,36 +159,82 @@ def _run_cells(
     if not waiting:
         return
     resources = connect()
-    gpus = 1 if resources.gpus >= 1 else 0
+    gpu = resources.gpus >= 1
     # Few cells on many cores: each gets several threads, but with a GPU one, as its node may have few.
-    threads = 1 if gpus else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
-    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=gpus)
+    threads = 1 if gpu else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
+    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=int(gpu))
     tasks = {name: ray.put(task) for name, task in rows.items()}
-    title, running = "Adapting and testing", {}
-    for cell in waiting:
+
+    def start(cell: Cell) -> Future[_Rows]:
         origin = checkpoints.get((cell.point.run_variant, cell.method.name))
         targets = [tasks[name] for name in cell.entry.targets]
-        running[remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, bool(gpus), *targets)] = cell
-    while running:
-        tell(title, len(cells) - len(running), len(cells), "cells")
-        done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
-        if not done:
-            continue
-        [ready] = done
-        cell = running.pop(ready)
-        try:
-            found = ray.get(ready)
-        except RayTaskError as error:
-            for reference in running:
-                ray.cancel(reference, force=True)
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
-        write_table(pd.DataFrame(found), _cell_file(out, cell))
-    tell(title, len(cells), len(cells), "cells")
+        return remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, gpu, *targets).future()
+
+    failed = _in_turn(
+        waiting,
+        start,
+        keep=lambda cell, found: write_table(pd.DataFrame(found), _cell_file(out, cell)),
+        # One more than fits: it begins when another ends, and tells a cluster that can grow to do so.
+        most=lambda: _fitting(connect(), threads, gpu) + 1,
+        tell=lambda left: tell("Adapting and testing", len(cells) - left, len(cells), "cells"),
+    )
+    if failed:
+        cell, error = failed
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        done = sum(_cell_file(out, one).is_file() for one in cells)
+        so_far = f"{done} of {len(cells)} cells are done, and --resume goes on with the others."
+        if isinstance(cause, UserError):
+            raise UserError(f"{cause} {so_far}")
+        error.add_note(f"So ended the cell {cell.name}; {so_far}")
+        raise error
+
+
+def _in_turn(
+    cells: Sequence[Cell],
+    start: Callable[[Cell], Future[_Rows]],
+    keep: Callable[[Cell, _Rows], None],
+    most: Callable[[], int],
+    tell: Callable[[int], None],
+) -> tuple[Cell, Exception] | None:
+    """Start cells one after the other, and keep what comes of each.
+
+    Once one has failed no other is started; those that were are waited for and kept, as they may be hours of work.
+
+    Args:
+        most: how many may be under way at once; of those that only wait for a CPU an error would have to wait, too.
+        tell: told how many cells are left.
+
+    Returns:
+        The first cell that failed and its error, or that of keeping it.
+    """
+    waiting, running = deque(cells), dict[Future[_Rows], Cell]()
+    left, failed = len(cells), None
+    while running or (waiting and not failed):
+        tell(left)
+        while waiting and not failed and len(running) < most():
+            cell = waiting.popleft()
+            running[start(cell)] = cell
+        for future in wait(running, LOOK_SECONDS, FIRST_COMPLETED).done:
+            cell = running.pop(future)
+            try:
+                keep(cell, future.result())
+            except Exception as error:
+                failed = failed or (cell, error)
+            else:
+                left -= 1
+                tell(left)
+    return failed
+
+
+def _fitting(resources: Resources, threads: int, gpu: bool) -> int:
+    """How many cells the cluster can run at once."""
+    by_cpus = sum(int(cpus // threads) for cpus in resources.node_cpus)
+    return min(by_cpus, int(resources.gpus)) if gpu else by_cpus
 
 
 def _run_cell(
     cell: Cell, source: TaskRows, seeds: int, checkpoint: Place | None, threads: int, gpu: bool, *targets: TaskRows
-) -> list[dict[str, Any]]:
+) -> _Rows:
     """The rows of one cell, computed in a Ray worker."""
     from supmer_ray.fewshot.evaluate import evaluate_method
     from supmer_ray.meta.state import load_checkpoint

@@ -1,15 +1,22 @@
-"""What a comparison is called on disk, what it was made of, and what it must not delete: all without Ray."""
+"""What a comparison is called on disk, was made of, must not delete, and keeps when a cell fails: without a cluster."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+import ray
 import yaml
+from ray.exceptions import RayTaskError
 
 from supmer_ray import embedded
+from supmer_ray.cluster import Resources
 from supmer_ray.config import EvaluateConfig, build
 from supmer_ray.errors import UserError
-from supmer_ray.evaluate import _note, evaluate
+from supmer_ray.evaluate import _fitting, _note, evaluate
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same
 from supmer_ray.fewshot.suite import Curve, Suite
@@ -207,3 +214,75 @@ def test_no_key_of_a_curve_s_source_is_shown():
     plan = sources(["s3://KEY:SECRET@bucket/a"], ["s3://KEY:SECRET@bucket/b"])
     assert "SECRET" not in str([point.label for point in plan.points()]) + str([cell.name for cell in plan.cells()])
     assert "SECRET" not in json.dumps(plan.description({}))
+
+
+@pytest.fixture
+def run_cell_by(monkeypatch):
+    """A function that has cells run by another one, in threads, as a cluster with one CPU would."""
+    pool = ThreadPoolExecutor(8)
+
+    def task(work, *arguments):
+        try:
+            return work(*arguments)
+        except Exception as error:
+            raise RayTaskError("cell", "", error, "cell", 1, "here").as_instanceof_cause() from None
+
+    def remote(work):
+        run = SimpleNamespace(remote=lambda *given: SimpleNamespace(future=lambda: pool.submit(task, work, *given)))
+        return SimpleNamespace(options=lambda **_: run)
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr("supmer_ray.evaluate.connect", lambda: Resources((1.0,)))
+    yield lambda work: monkeypatch.setattr("supmer_ray.evaluate._run_cell", work)
+    pool.shutdown()
+
+
+def outcome(cell, source, seeds, *_):
+    """Rows such as a cell gives."""
+    row = {"point": "", "method": cell.method.name, "train": source.definition.name, "test": source.definition.name}
+    numbers = {"shots": 1, "best_step": 1, "seconds": 1.0, "trained_parameters": 1}
+    return [{**row, **numbers, "seed": seed, "dev_accuracy": 0.5, "test_accuracy": 0.5} for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("error", [UserError("Mend it."), MemoryError("too much")], ids=["refusal", "crash"])
+def test_cells_that_run_beside_one_that_fails_are_kept(own_task, tmp_path, run_cell_by, error):
+    methods = ["zero-shot", "prompt-tuning", "linear-probe", "ft"]
+    plan, out = make_plan(own_task(), methods=methods, adapt={"shots": 1}), tmp_path / "out"
+    failed, started, told = threading.Event(), [], []
+
+    def work(cell, *given):
+        started.append(cell.method.name)
+        if cell.method.name == "prompt-tuning":
+            raise error
+        failed.wait(10)
+        return outcome(cell, *given)
+
+    def tell(title, done, total, unit):
+        told.append((done, total, unit))
+        if len(started) == 2:
+            failed.set()
+
+    run_cell_by(work)
+    with pytest.raises(type(error)) as raised:
+        evaluate(plan, out, progress=tell)
+    assert started == methods[:2]
+    assert [file.stem for file in (out / "cells").iterdir()] == ["own--zero-shot"]
+    so_far = "1 of 4 cells are done, and --resume goes on with the others."
+    if isinstance(error, UserError):
+        assert str(raised.value) == f"Mend it. {so_far}"
+    else:
+        assert raised.value.__notes__ == [f"So ended the cell own--prompt-tuning; {so_far}"]
+
+    before = pd.read_parquet(out / "cells" / "own--zero-shot.parquet")
+    run_cell_by(outcome)
+    rows = evaluate(plan, out, resume=True, progress=lambda *message: told.append(message[1:]))
+    assert list(rows["method"].unique()) == methods and len(before) == plan.seeds
+    assert [done for done, *_ in told] == sorted(done for done, *_ in told)
+    assert told[0] == (0, 4, "cells") and told[-1] == (4, 4, "cells")
+
+
+def test_as_many_cells_are_under_way_as_the_cluster_has_room_for():
+    assert _fitting(Resources((4.0, 3.0)), 2, gpu=False) == 3
+    assert _fitting(Resources((8.0,), gpus=2.0), 1, gpu=True) == 2
+    assert _fitting(Resources((1.0,), gpus=2.0), 1, gpu=True) == 1
