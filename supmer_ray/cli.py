@@ -229,9 +229,9 @@ def evaluate(
         given[name] = Place.of(embedded.LEARNED if folder == "embedded" else folder)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
     from supmer_ray.console import stage
-    from supmer_ray.evaluate import TABLE, Plan
     from supmer_ray.evaluate import evaluate as compare
     from supmer_ray.fewshot.method import load_method
+    from supmer_ray.fewshot.plan import TABLE, Plan
     from supmer_ray.fewshot.suite import Suite, load_curve, load_suite
 
     chosen = load_suite(suite) if suite else build(Suite, {"name": "tasks", "tasks": _names(tasks or "")}, "--tasks")

@@ -1,7 +1,9 @@
 """Comparing methods over tasks and data seeds, on a Ray cluster: a suite and methods go in, tables come out.
 
 The unit of work is a cell: one method on one task with all its seeds, adapted together. Cells run as Ray
-tasks; each leaves a file when it is done, so that an evaluation that was killed goes on where it was.
+tasks; each leaves a file when it is done, so that an evaluation that was killed goes on where it was. What is
+compared is a `Plan` (`fewshot/plan.py`); here it is run. Torch is imported by the workers alone, and Ray when the
+plan has been checked, so that a mistake is told at once.
 
     OUT/evaluation.json     what is compared, on which rows, under which settings, from which checkpoints
     OUT/stores/, OUT/runs/  stores and meta-training runs that the methods needed and nobody gave
@@ -12,209 +14,56 @@ tasks; each leaves a file when it is done, so that an evaluation that was killed
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import ray
-import torch
-from ray.exceptions import RayTaskError
 
-from supmer_ray.cluster import connect
-from supmer_ray.config import AdaptConfig, EvaluateConfig, Precision, PrepareConfig, RunConfig
-from supmer_ray.data.prepare import prepare
-from supmer_ray.data.store import MANIFEST, Store, read_manifest
-from supmer_ray.errors import UserError, nearest, require_new_folder
-from supmer_ray.fewshot import builtin
-from supmer_ray.fewshot.comparison import AVERAGE, gaps, markdown, summarize
-from supmer_ray.fewshot.definition import load_definition
-from supmer_ray.fewshot.evaluate import TaskRows, evaluate_method, require_same_labels
-from supmer_ray.fewshot.method import Method, changed
-from supmer_ray.fewshot.sampling import draw
-from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
+from supmer_ray.cluster import Resources, connect
+from supmer_ray.config import Precision, PrepareConfig
+from supmer_ray.data.store import MANIFEST
+from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.fewshot.comparison import gaps, markdown, summarize
+from supmer_ray.fewshot.definition import TaskRows
+from supmer_ray.fewshot.method import Method
+from supmer_ray.fewshot.plan import (
+    CELLS,
+    DESCRIPTION,
+    GAPS,
+    RESULTS,
+    RUNS,
+    STORES,
+    SUMMARY,
+    TABLE,
+    Cell,
+    Plan,
+    Point,
+    file_name,
+    require_same,
+    task_name,
+)
 from supmer_ray.fewshot.tables import write_table
-from supmer_ray.files import Place, Where, held, read_sealed, require_outside, whole_file, without_keys, write_json
+from supmer_ray.files import Place, held, require_outside, whole_file, write_json
 from supmer_ray.meta.record import read_rows
-from supmer_ray.meta.state import load_checkpoint
-from supmer_ray.model.backbone import Backbone, load_backbone
-from supmer_ray.reading import build
-from supmer_ray.tasks.types import require_domains
 from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
 
-DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
-TABLE, SUMMARY, GAPS = "table.md", "table.csv", "gaps.csv"
-_CELLS, _STORES, _RUNS = "cells", "stores", "runs"
+if TYPE_CHECKING:
+    from supmer_ray.model.backbone import Backbone
+
 LOOK_SECONDS = 5.0
 """How often whoever follows is told that cells are still at work: one may take minutes."""
-
-LONGEST_PART = 60
-"""Characters of a label or name that stand in a file's name; the rest is told apart by a digest."""
 
 Progress = Callable[[str, int, int | None, str], None]
 """Called with what is being done, how much of it is done, of how much (if known), and in what unit."""
 
-
-@dataclass(frozen=True)
-class Point:
-    """One value of the setting that a curve varies; without a curve the only point, with an empty label.
-
-    Attributes:
-        run: name of the meta-training runs' variant; empty where the setting does not reach them.
-        store: the same of the stores.
-    """
-
-    label: str
-    config: EvaluateConfig
-    run: str = ""
-    store: str = ""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method on one entry of the suite at one point, with all seeds."""
-
-    point: Point
-    entry: SuiteEntry
-    method: Method
-
-    @property
-    def name(self) -> str:
-        """A name for the cell's file."""
-        return _file_name(self.point.label, _task_name(self.entry.train), self.method.name)
-
-    def config(self) -> AdaptConfig:
-        """How this cell adapts: the point's settings with the method's changes and the entry's limit on K."""
-        config = self.method.adapt_config(self.point.config.adapt)
-        shots = min(config.shots, self.entry.max_shots or config.shots)
-        return config.model_copy(update={"shots": shots})
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared with what.
-
-    Attributes:
-        seeds: the data seeds 0 … seeds − 1.
-        store: for the meta-training of methods that have no checkpoint.
-        checkpoints: method → RUN/checkpoint, a folder or the URI of one.
-        data: folder with the benchmarks' published files, for tasks that have such a layout.
-
-    Raises:
-        UserError: there is no method, two have one name, or a checkpoint is for none of them.
-    """
-
-    suite: Suite
-    methods: Sequence[Method]
-    config: EvaluateConfig
-    seeds: int = 5
-    curve: Curve | None = None
-    store: Place | None = None
-    checkpoints: Mapping[str, Where] | None = None
-    data: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not self.methods:
-            raise UserError("The comparison has no method; name at least one, for example --methods supmer.")
-        _once([method.name for method in self.methods], "methods of the comparison")
-        for name in self.checkpoints or {}:
-            if name not in [method.name for method in self.methods if method.meta is not None]:
-                raise UserError(f"The checkpoint for '{name}' is for no method that is compared and meta-trained.")
-
-    @property
-    def given(self) -> dict[str, Place]:
-        """The checkpoints as places, links followed."""
-        return {name: Place.of(where).resolved for name, where in (self.checkpoints or {}).items()}
-
-    def points(self) -> list[Point]:
-        """The curve's values as configurations.
-
-        Raises:
-            UserError: the curve's setting or a value of it is none that the schema has, or two values are the same.
-        """
-        if self.curve is None:
-            return [Point("", self.config)]
-        key, where = self.curve.key, f"curve '{self.curve.name}'"
-        points = []
-        for value in self.curve.values:
-            label = f"{key.split('.', 1)[1]} = {_shown(value)}"
-            if key.startswith("prepare.") and (self.config.prepare is None or self.store):
-                raise UserError(
-                    f"The {where} makes a store for each value; write --set prepare.sources=[…] and leave --store out."
-                )
-            config = changed(self.config, {key: value}, where)
-            store = label if key.startswith("prepare.") else ""
-            points.append(Point(label, config, label if not key.startswith("adapt.") else "", store))
-        _once([point.label for point in points], f"values of the {where}", "write values with other letters or digits")
-        return points
-
-    def cells(self) -> list[Cell]:
-        """All cells, in the order in which the tables show them."""
-        return [
-            Cell(point, entry, method)
-            for point in self.points()
-            for entry in self.suite.tasks
-            for method in self.methods
-        ]
-
-    def inputs(self, rows: Mapping[str, TaskRows]) -> dict[str, list[Place]]:
-        """The files and folders that were given, by what they are."""
-        inputs = {f"checkpoint for '{name}'": [place] for name, place in self.given.items()}
-        inputs["store"] = [self.store] if self.store else []
-        inputs["data folder"] = [Place.of(self.data)] if self.data else []
-        for name, task in rows.items():
-            own = builtin.own_file(name)
-            files = [*([own] if own else []), *task.definition.data.places()]
-            inputs[f"file for task '{task.definition.name}'"] = [Place.of(file) for file in files]
-        sources = self.config.prepare.sources if self.config.prepare else ()
-        inputs["source"] = [Place.of(name) for name in sources if Path(name).exists()]
-        return inputs
-
-    def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:
-        """All of it as JSON, with the tasks that `rows` holds; a resumed evaluation must have the same."""
-        given = {}
-        for name, place in self.given.items():
-            sealed = read_sealed(place, "a checkpoint")
-            given[name] = {"folder": str(place), "prompt": sealed["checksums"]["prompt.safetensors"]}
-        values: dict[str, Any] = {
-            "suite": self.suite.model_dump(mode="json"),
-            "tasks": {name: task.description() for name, task in rows.items()},
-            "methods": [method.model_dump(mode="json") for method in self.methods],
-            "config": self.config.model_dump(mode="json"),
-            "seeds": self.seeds,
-            "curve": {**self.curve.model_dump(mode="json"), "values": _shown(self.curve.values)}
-            if self.curve
-            else None,
-            "store": {"place": str(self.store.resolved), "digest": read_manifest(self.store).digest}
-            if self.store
-            else None,
-            "checkpoints": given,
-            "backbone": _weights(self.config.backbone),
-            "data": str(self.data.resolve()) if self.data else None,
-        }
-        if self.config.prepare:
-            values["config"]["prepare"]["sources"] = [without_keys(name) for name in self.config.prepare.sources]
-        return json.loads(json.dumps(values))
-
-
-def _shown(value: Any) -> Any:
-    """A curve's value as names and files may have it: without the keys of a source."""
-    if isinstance(value, str):
-        return without_keys(value)
-    return [_shown(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _weights(backbone: str) -> dict[str, str]:
-    """Digests of the files of a backbone in a folder of the user's, which may change; of others nothing."""
-    folder = Path(backbone)
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) if folder.is_dir() else []
-    return {file.name: str(Place.of(folder).digest(file.name)) for file in files}
+_Rows = list[dict[str, Any]]
+"""What comes of a cell."""
 
 
 def evaluate(
@@ -239,21 +88,21 @@ def evaluate(
     """
     out = Path(out).absolute()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
-    rows = _read_tasks(plan)
+    rows = plan.read_tasks()
     if overwrite:
         require_outside(Place.of(out), plan.inputs(rows))
     description = plan.description(rows)
     if resume:
-        _require_same(out, description)
-    _check(plan, rows)
+        require_same(out, description)
+    plan.check(rows)
     with held(out, "an evaluation"):
         if overwrite and out.exists():
             shutil.rmtree(out)
-        (out / _CELLS).mkdir(parents=True, exist_ok=True)
+        (out / CELLS).mkdir(parents=True, exist_ok=True)
         write_json(out / DESCRIPTION, description)
         tell = progress or (lambda title, done, total, unit: None)
         checkpoints = {
-            (point.run, method.name): _checkpoint(plan, point, method, out, tell)
+            (point.run_variant, method.name): _checkpoint(plan, point, method, out, tell)
             for point in plan.points()
             for method in plan.methods
             if method.meta is not None
@@ -262,122 +111,15 @@ def evaluate(
         return _conclude(plan, checkpoints, out)
 
 
-def _require_same(out: Path, description: Mapping[str, Any]) -> None:
-    file = out / DESCRIPTION
-    if not file.is_file():
-        raise UserError(f"{out} holds no evaluation to resume ({DESCRIPTION} is missing); start without --resume.")
-    try:
-        started = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        raise UserError(f"{file} is damaged; start the evaluation anew with --overwrite.") from None
-    for name, value in description.items():
-        before = started.get(name)
-        if name == "config" and isinstance(before, dict):
-            before = before | {"baseline": value["baseline"]}  # it shapes the tables only, so it may change
-        if before != value:
-            raise UserError(
-                f"The evaluation in {out} was started with another '{name}'; resume with the same, or start a new one."
-            )
-
-
-def _read_tasks(plan: Plan) -> dict[str, TaskRows]:
-    """The rows of every task of the suite, read once."""
-    names = {name for entry in plan.suite.tasks for name in (entry.train, *entry.targets)}
-    definitions = {name: load_definition(name) for name in sorted(names)}
-    if plan.data:
-        definitions = {name: one.from_folder(plan.data) for name, one in definitions.items()}
-    return {name: TaskRows.of(definition) for name, definition in definitions.items()}
-
-
-def _check(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
-    """Refuse now what a cell would refuse later: labels, too few rows, settings, missing checkpoints."""
-    _once([rows[name].definition.name for name in rows], "tasks of the comparison")
-    if AVERAGE in [one.definition.name for one in rows.values()]:
-        raise UserError(f"A task is named '{AVERAGE}', as the tables name the mean of all; give it another name.")
-    names = [method.name for method in plan.methods]
-    if plan.config.baseline not in (*names, EvaluateConfig().baseline):
-        raise UserError(
-            f"The baseline '{plan.config.baseline}' is none of the methods; {nearest(plan.config.baseline, names)}"
-        )
-    usual = PrepareConfig.model_fields["backbone"].default
-    if plan.config.prepare and plan.config.prepare.backbone not in (plan.config.backbone, usual):
-        raise UserError(
-            f"prepare.backbone is '{plan.config.prepare.backbone}', but the comparison is on '{plan.config.backbone}'; "
-            "write --set backbone= alone."
-        )
-    _once([_task_name(entry.train) for entry in plan.suite.tasks], "entries of the comparison")
-    for cell in plan.cells():
-        source = rows[cell.entry.train]
-        for target in cell.entry.targets:
-            require_same_labels(source.definition, rows[target].definition)
-            texts = [len(one.definition.texts) for one in (source, rows[target])]
-            if cell.method.learns == "probe" and texts[0] != texts[1]:
-                raise UserError(
-                    f"Task '{source.definition.name}' has {texts[0]} texts a row and '{rows[target].definition.name}' "
-                    f"has {texts[1]}, so a probe of the one says nothing of the other; leave '{cell.method.name}' out."
-                )
-        draw(source.definition, source.frames, cell.config().shots, 0)
-    for point in plan.points():
-        for method in plan.methods:
-            if method.meta is not None:
-                _check_origin(plan, point, method)
-    if plan.store:
-        name = read_manifest(plan.store).backbone.name
-        if name != plan.config.backbone:
-            raise UserError(
-                f"The store {plan.store} was prepared with the backbone '{name}', but the comparison is on "
-                f"'{plan.config.backbone}'; write --set backbone={name}."
-            )
-
-
-def _once(names: Sequence[str], what: str, advice: str = "give each a name of its own") -> None:
-    # Files and tables tell tasks, methods and points apart by these names alone.
-    names = [_file_name(name) for name in names]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"Two {what} have the name '{name}'; {advice}.")
-
-
-def _check_origin(plan: Plan, point: Point, method: Method) -> None:
-    config = method.run_config(point.config.run)
-    given = plan.given.get(method.name)
-    if given is None:
-        if plan.store is None and point.config.prepare is None:
-            raise UserError(
-                f"Method '{method.name}' needs meta-training; give a store (--store), its checkpoint "
-                f"(--checkpoint {method.name}=RUN/checkpoint), or sources (--set prepare.sources=[…])."
-            )
-        if plan.store:
-            require_domains(Store.open(plan.store), config.tasks.types)
-        return
-    if point.run:
-        raise UserError(
-            f"The curve varies '{point.label}', which belongs to meta-training, so method '{method.name}' cannot take "
-            "one checkpoint for all; leave --checkpoint out."
-        )
-    made = build(RunConfig, read_sealed(given, "a checkpoint")["run"], str(given))
-    if method.run_config(made) != made:
-        raise UserError(
-            f"The checkpoint {given} was not meta-trained as method '{method.name}' says "
-            f"({', '.join(method.meta or ())}); name the one of such a run, or leave it out."
-        )
-    length = made.prompt.length
-    if length != config.prompt.length:
-        raise UserError(
-            f"The checkpoint {given} holds a prompt of {length} rows, but the prompts that are compared with it have "
-            f"{config.prompt.length}; write --set run.prompt.length={length}."
-        )
-
-
 def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progress) -> Place:
     """Where the method's checkpoint at this point lies; meta-trained now if it is not there yet."""
     if given := plan.given.get(method.name):
         return given
-    folder = out / _RUNS / _file_name(method.name, point.run)
+    folder = out / RUNS / file_name(method.name, point.run_variant)
     if not (folder / CHECKPOINT / "config.json").is_file():
         store = plan.store or _store(point, out, tell)
         config = method.run_config(point.config.run)
-        title = f"Meta-training {method.name}{f', {point.run}' if point.run else ''}"
+        title = f"Meta-training {method.name}{f', {point.run_variant}' if point.run_variant else ''}"
 
         def show(row: dict[str, Any]) -> None:
             if row["kind"] == "step":
@@ -389,8 +131,10 @@ def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progr
 
 
 def _store(point: Point, out: Path, tell: Progress) -> Path:
+    from supmer_ray.data.prepare import prepare
+
     assert point.config.prepare
-    folder = out / _STORES / _file_name("store", point.store)
+    folder = out / STORES / file_name("store", point.store_variant)
     if not (folder / MANIFEST).is_file():
         connect()
         config: PrepareConfig = point.config.prepare.model_copy(update={"backbone": point.config.backbone})
@@ -401,42 +145,100 @@ def _store(point: Point, out: Path, tell: Progress) -> Path:
 def _run_cells(
     plan: Plan, rows: Mapping[str, TaskRows], checkpoints: Mapping[tuple[str, str], Place], out: Path, tell: Progress
 ) -> None:
+    """Run the cells that have no file yet, as Ray tasks, and write a file for each.
+
+    Raises:
+        UserError: what a cell refused.
+        Exception: what else the first cell that failed ended with. Those that ran beside it have their files.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
     cells = plan.cells()
     waiting = [cell for cell in cells if not _cell_file(out, cell).is_file()]
     if not waiting:
         return
     resources = connect()
-    gpus = 1 if resources.gpus >= 1 else 0
+    gpu = resources.gpus >= 1
     # Few cells on many cores: each gets several threads, but with a GPU one, as its node may have few.
-    threads = 1 if gpus else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
-    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=gpus)
+    threads = 1 if gpu else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
+    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=int(gpu))
     tasks = {name: ray.put(task) for name, task in rows.items()}
-    title, running = "Adapting and testing", {}
-    for cell in waiting:
-        origin = checkpoints.get((cell.point.run, cell.method.name))
+
+    def start(cell: Cell) -> Future[_Rows]:
+        origin = checkpoints.get((cell.point.run_variant, cell.method.name))
         targets = [tasks[name] for name in cell.entry.targets]
-        running[remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, bool(gpus), *targets)] = cell
-    while running:
-        tell(title, len(cells) - len(running), len(cells), "cells")
-        done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
-        if not done:
-            continue
-        [ready] = done
-        cell = running.pop(ready)
-        try:
-            found = ray.get(ready)
-        except RayTaskError as error:
-            for reference in running:
-                ray.cancel(reference, force=True)
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
-        write_table(pd.DataFrame(found), _cell_file(out, cell))
-    tell(title, len(cells), len(cells), "cells")
+        return remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, gpu, *targets).future()
+
+    failed = _in_turn(
+        waiting,
+        start,
+        keep=lambda cell, found: write_table(pd.DataFrame(found), _cell_file(out, cell)),
+        # One more than fits: it begins when another ends, and tells a cluster that can grow to do so.
+        most=lambda: _fitting(connect(), threads, gpu) + 1,
+        tell=lambda left: tell("Adapting and testing", len(cells) - left, len(cells), "cells"),
+    )
+    if failed:
+        cell, error = failed
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        done = sum(_cell_file(out, one).is_file() for one in cells)
+        so_far = f"{done} of {len(cells)} cells are done, and --resume goes on with the others."
+        if isinstance(cause, UserError):
+            raise UserError(f"{cause} {so_far}")
+        error.add_note(f"So ended the cell {cell.name}; {so_far}")
+        raise error
+
+
+def _in_turn(
+    cells: Sequence[Cell],
+    start: Callable[[Cell], Future[_Rows]],
+    keep: Callable[[Cell, _Rows], None],
+    most: Callable[[], int],
+    tell: Callable[[int], None],
+) -> tuple[Cell, Exception] | None:
+    """Start cells one after the other, and keep what comes of each.
+
+    Once one has failed no other is started; those that were are waited for and kept, as they may be hours of work.
+
+    Args:
+        most: how many may be under way at once; of those that only wait for a CPU an error would have to wait, too.
+        tell: told how many cells are left.
+
+    Returns:
+        The first cell that failed and its error, or that of keeping it.
+    """
+    waiting, running = deque(cells), dict[Future[_Rows], Cell]()
+    left, failed = len(cells), None
+    while running or (waiting and not failed):
+        tell(left)
+        while waiting and not failed and len(running) < most():
+            cell = waiting.popleft()
+            running[start(cell)] = cell
+        for future in wait(running, LOOK_SECONDS, FIRST_COMPLETED).done:
+            cell = running.pop(future)
+            try:
+                keep(cell, future.result())
+            except Exception as error:
+                failed = failed or (cell, error)
+            else:
+                left -= 1
+                tell(left)
+    return failed
+
+
+def _fitting(resources: Resources, threads: int, gpu: bool) -> int:
+    """How many cells the cluster can run at once."""
+    by_cpus = sum(int(cpus // threads) for cpus in resources.node_cpus)
+    return min(by_cpus, int(resources.gpus)) if gpu else by_cpus
 
 
 def _run_cell(
     cell: Cell, source: TaskRows, seeds: int, checkpoint: Place | None, threads: int, gpu: bool, *targets: TaskRows
-) -> list[dict[str, Any]]:
+) -> _Rows:
     """The rows of one cell, computed in a Ray worker."""
+    from supmer_ray.fewshot.evaluate import evaluate_method
+    from supmer_ray.meta.state import load_checkpoint
+
     config = cell.point.config
     backbone = _backbone(config.backbone, config.precision, threads, gpu)
     outcomes = evaluate_method(
@@ -445,7 +247,7 @@ def _run_cell(
         source,
         targets,
         range(seeds),
-        cell.config(),
+        cell.adapt_config(),
         checkpoint=load_checkpoint(checkpoint, backbone) if checkpoint else None,
         prompt_length=config.run.prompt.length,
         vocabulary_rows=config.run.prompt.vocabulary_rows,
@@ -458,6 +260,10 @@ def _run_cell(
 @lru_cache(maxsize=1)
 def _backbone(name: str, precision: Precision | None, threads: int, gpu: bool) -> Backbone:
     """The language model, loaded once in each worker process."""
+    import torch
+
+    from supmer_ray.model.backbone import load_backbone
+
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, precision) if precision else None
     return load_backbone(name, device=device, dtype=dtype, threads=threads)
@@ -481,7 +287,7 @@ def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Place], out: Pat
 def _note(plan: Plan, checkpoints: Mapping[tuple[str, str], Place]) -> str:
     adapt = plan.config.adapt
     tested = "all test rows" if adapt.max_test is None else f"at most {adapt.max_test} test rows"
-    configs = [cell.config() for cell in plan.cells()]
+    configs = [cell.adapt_config() for cell in plan.cells()]
     shots, steps = (_used(getattr(one, name) for one in configs) for name in ("shots", "steps"))
     lines = [
         f"{plan.suite.description} K = {shots} examples a class to train on and as many for the dev split"
@@ -505,9 +311,9 @@ def _used(values: Iterable[int]) -> str:
 
 def _lowered(plan: Plan) -> str:
     """Which entries of the suite have rows for a smaller K than another one's, in brackets."""
-    most = max(cell.config().shots for cell in plan.cells())
+    most = max(cell.adapt_config().shots for cell in plan.cells())
     found = [
-        f"{_task_name(entry.train)}: at most {entry.max_shots}"
+        f"{task_name(entry.train)}: at most {entry.max_shots}"
         for entry in plan.suite.tasks
         if entry.max_shots and entry.max_shots < most
     ]
@@ -521,22 +327,4 @@ def _training(run: Place) -> tuple[int, float] | None:
 
 
 def _cell_file(out: Path, cell: Cell) -> Path:
-    return out / _CELLS / f"{cell.name}.parquet"
-
-
-def _task_name(task: str) -> str:
-    """The name of a task's YAML without its folder and ending, or of a built-in task."""
-    return Path(task).stem if "/" in task else task
-
-
-def _file_name(*parts: str) -> str:
-    """The parts as one name that any file system takes: other characters than letters and digits become '-'."""
-    return "--".join(_safe(part) for part in parts if part)
-
-
-def _safe(part: str) -> str:
-    name = re.sub(r"[^\w.]+", "-", part)
-    if len(name) <= LONGEST_PART:
-        return name
-    # A list of paths, say: file systems take 255 bytes.
-    return f"{name[:LONGEST_PART]}-{hashlib.sha256(part.encode()).hexdigest()[:8]}"
+    return out / CELLS / f"{cell.name}.parquet"

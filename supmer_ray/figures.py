@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from supmer_ray.fewshot.comparison import AVERAGE, gaps, summarize
+from supmer_ray.fewshot.comparison import AVERAGE, gaps, pair_name, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,9 @@ SERIES = ("#2f6fde", "#d9581f", "#1f9a6d", "#a34bc4", "#b8860b", "#d1366f", "#4f
 
 WIDTH = 5.0
 """Inches: at a phone's width the text of a figure this wide is as large as a page's small print."""
+
+TWO_LINES = "\n→ "
+"""How a pair of tasks is written beside an axis, which has little room."""
 
 STYLE: dict[str, Any] = {
     "font.size": 9.5,
@@ -161,7 +164,7 @@ def differences(rows: pd.DataFrame, baseline: str) -> Figure:
     table = last[last["train"] == AVERAGE] if averaged else last if inside.empty else inside
     table = table[(table["method"] != baseline) & table["difference"].notna()]
     lines = [
-        one["method"] if averaged else f"{one['method']}, {_pair(one['train'], one['test'])}"
+        one["method"] if averaged else f"{one['method']}, {pair_name(one['train'], one['test'], TWO_LINES)}"
         for _, one in table.iterrows()
     ]
     figure, axes = _figure(1.1 + 0.3 * len(lines))
@@ -176,10 +179,6 @@ def differences(rows: pd.DataFrame, baseline: str) -> Figure:
     axes.set_ylim(-0.6, len(lines) - 0.4)
     _labels(axes, f"points above {baseline}" + (", average of the tasks" if averaged else ""), "")
     return figure
-
-
-def _pair(train: str, test: str) -> str:
-    return test if train == test else f"{train}\n→ {test}"
 
 
 def accuracies(rows: pd.DataFrame) -> Figure:
@@ -197,10 +196,8 @@ def accuracies(rows: pd.DataFrame) -> Figure:
             mean, starts - pitch * number, xerr=spread, fmt="os^Dv<>P"[number // len(SERIES) % 8],
             color=SERIES[number % len(SERIES)], markersize=4, elinewidth=1, label=method,
         )  # fmt: skip
-    axes.set_yticks(
-        starts - pitch * (len(methods) - 1) / 2,
-        [_pair(train, test) for train, test in pairs],
-    )
+    names = [pair_name(train, test, TWO_LINES) for train, test in pairs]
+    axes.set_yticks(starts - pitch * (len(methods) - 1) / 2, names)
     axes.set_ylim(starts[-1] - block + pitch, pitch)
     axes.grid(axis="y", visible=False)
     for start in starts[1:]:

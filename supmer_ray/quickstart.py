@@ -25,8 +25,8 @@ from supmer_ray.config import AdaptConfig, PrepareConfig, RunConfig
 from supmer_ray.console import duration, stage
 from supmer_ray.data.prepare import prepare
 from supmer_ray.errors import require_new_folder
-from supmer_ray.fewshot.definition import load_definition
-from supmer_ray.fewshot.evaluate import Outcome, TaskRows, evaluate_method
+from supmer_ray.fewshot.definition import TaskRows, load_definition
+from supmer_ray.fewshot.evaluate import Outcome, evaluate_method
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.files import whole_file
 from supmer_ray.meta.state import load_checkpoint

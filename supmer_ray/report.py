@@ -13,10 +13,10 @@ import html
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +26,8 @@ from supmer_ray.config import RunConfig
 from supmer_ray.console import duration
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.evaluate import DESCRIPTION, RESULTS
-from supmer_ray.fewshot.comparison import gaps, probability, summarize
+from supmer_ray.fewshot.comparison import gaps, pair_name, probability, summarize
+from supmer_ray.fewshot.plan import DESCRIPTION, RESULTS
 from supmer_ray.files import Place, Where, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.reading import build
@@ -47,13 +47,30 @@ class _Section:
     """A part of the page about one folder.
 
     Attributes:
+        prefix: of its figures' names, which those of other sections do not have.
         blocks: pieces of HTML, in order.
         drawn: (name, figure) of every figure.
     """
 
     title: str
+    prefix: str
     blocks: list[str] = field(default_factory=list)
     drawn: list[tuple[str, Figure]] = field(default_factory=list)
+
+    def draw(self, name: str, figure: Figure, caption: str) -> None:
+        """Add a figure to the page, and note it for the files beside the page."""
+        name = self.prefix + name
+        self.drawn.append((name, figure))
+        text = io.StringIO()
+        with figures.style(name):
+            figure.savefig(text, format="svg")
+        drawing = _inline(text.getvalue(), name, caption)
+        self.blocks.append(f'<figure id="{name}">{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>')
+
+    def fold(self, settings: Mapping[str, Any]) -> None:
+        """Add the settings, folded up."""
+        text = html.escape(json.dumps(settings, indent=1))
+        self.blocks.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
 
 
 def report(folders: Sequence[Where], out: Path, *, overwrite: bool = False) -> Path:
@@ -112,7 +129,7 @@ def _run(place: Place, prefix: str) -> _Section:
     with place.answering():
         settings = json.loads(place.read(CONFIG_FILE) or "")
     config = build(RunConfig, settings["config"], str(place / CONFIG_FILE))
-    section = _Section(f"Run {place.name}")
+    section = _Section(f"Run {place.name}", prefix)
     seconds = float(steps["step_seconds"].sum() + steps["data_wait_seconds"].sum())
     section.blocks.append(
         _facts(
@@ -127,23 +144,20 @@ def _run(place: Place, prefix: str) -> _Section:
         )
     )
 
-    def add(name: str, figure: Figure, caption: str) -> None:
-        section.blocks.append(_draw(section, prefix + name, figure, caption))
-
     with figures.style(prefix):
-        add(
+        section.draw(
             "losses",
             figures.losses(steps, validations),
             "Query loss by task type: lines are the training tasks (running mean), dots the fixed validation tasks "
             "after the inner step.",
         )
-        add(
+        section.draw(
             "signals",
             figures.signals(steps),
             "The curriculum and the gate: s, the running agreement of query and support gradients; λ, the share that a "
             "task keeps of its own domain when it is mixed; z, how much of the raw gradient ψ keeps.",
         )
-        add(
+        section.draw(
             "alignment",
             figures.alignment(steps),
             "Gradient alignment: how far the regularized gradient ψ points the way of the query gradient, and of the "
@@ -155,7 +169,7 @@ def _run(place: Place, prefix: str) -> _Section:
             section.blocks.append(f"<p>The domains are not drawn. {html.escape(str(error))}</p>")
         else:
             marked = figures.spread_domains(opened, EXAMPLES)
-            add(
+            section.draw(
                 "domains",
                 figures.domain_plane(opened, marked),
                 "Domains of single sentences on a plane, each as large as its number of sentences; sentences of the "
@@ -164,9 +178,7 @@ def _run(place: Place, prefix: str) -> _Section:
             section.blocks.append(_domain_table(opened, marked))
     if not validations.empty:
         section.blocks.append(_validation_table(validations))
-    section.blocks.append(
-        f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>"
-    )
+    section.fold(settings)
     return section
 
 
@@ -178,7 +190,7 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
     described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     baseline, curve = described["config"]["baseline"], described["curve"]
     shots = "varied" if curve and curve["key"] == "adapt.shots" else str(described["config"]["adapt"]["shots"])
-    section = _Section(f"Evaluation {folder.name}")
+    section = _Section(f"Evaluation {folder.name}", prefix)
     section.blocks.append(
         _facts(
             {
@@ -192,46 +204,31 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
         )
     )
 
-    def add(name: str, figure: Figure, caption: str) -> None:
-        section.blocks.append(_draw(section, prefix + name, figure, caption))
-
     at = f" At {rows['point'].iloc[-1]}." if curve else ""
     with figures.style(prefix):
         if baseline in set(rows["method"]) and rows["method"].nunique() > 1:
-            add(
+            section.draw(
                 "differences",
                 figures.differences(rows, baseline),
                 f"Mean difference to {baseline} on the same draws, with its 95 % bootstrap interval over seeds.{at}",
             )
         if curve:
             caption = f"{curve['description']} Mean over the tasks, whiskers: standard deviation over seeds."
-            add("curves", figures.curves(rows, curve["key"], curve["values"]), caption)
-        add(
+            section.draw("curves", figures.curves(rows, curve["key"], curve["values"]), caption)
+        section.draw(
             "accuracies",
             figures.accuracies(rows),
             f"Test accuracy of every method on every task, mean and standard deviation over seeds.{at}",
         )
         if not gaps(rows, baseline).empty:
-            add(
+            section.draw(
                 "domain-gaps",
                 figures.domain_gaps(rows, baseline),
                 f"Accuracy on the domain that was adapted on, and on others.{at}",
             )
     section.blocks.append(_results_table(summarize(rows, baseline), baseline))
-    section.blocks.append(
-        f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(described, indent=1))}</pre></details>"
-    )
+    section.fold(described)
     return section
-
-
-def _draw(section: _Section, name: str, figure: Figure, caption: str) -> str:
-    """Note the figure for the files beside the page, and give it as HTML."""
-    section.drawn.append((name, figure))
-    text = io.StringIO()
-    with figures.style(name):
-        figure.savefig(text, format="svg")
-    drawing = _inline(text.getvalue(), name, caption)
-    return f'<figure id="{name}">{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
 def _inline(svg: str, name: str, label: str) -> str:
@@ -282,7 +279,7 @@ def _results_table(table: pd.DataFrame, baseline: str) -> str:
     for point in dict.fromkeys(table["point"]):
         lines = []
         for _, one in table[table["point"] == point].iterrows():
-            task = one["test"] if one["train"] == one["test"] else f"{one['train']} → {one['test']}"
+            task = pair_name(one["train"], one["test"])
             spread = "" if np.isnan(one["sd"]) else f" ± {one['sd']:.1f}"
             difference = "" if np.isnan(one["difference"]) else f"{one['difference']:+.1f}"
             interval, p = "", ""

@@ -5,8 +5,9 @@ import yaml
 
 from supmer_ray.config import EvaluateConfig
 from supmer_ray.data.catalog import labelled
-from supmer_ray.evaluate import Plan, evaluate
+from supmer_ray.evaluate import evaluate
 from supmer_ray.fewshot.method import load_method
+from supmer_ray.fewshot.plan import Plan
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.files import Place
 from supmer_ray.reading import build

@@ -29,7 +29,7 @@ from supmer_ray.data.domains import cluster, empty_family
 from supmer_ray.data.embed import STRETCH, Embedder, Stretch, Vectors, stretch_rows
 from supmer_ray.data.keywords import keywords
 from supmer_ray.data.sentences import cut, tokenizer_of
-from supmer_ray.data.sources import Piece, Source, open_source
+from supmer_ray.data.sources import Piece, Source, open_source, place_of
 from supmer_ray.data.store import (
     FAMILIES,
     MANIFEST,
@@ -93,8 +93,8 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
     require_new_place(place, overwrite=overwrite, marker=MANIFEST)
     tell = progress or (lambda stage, done, total, unit: None)
     if overwrite:
-        sources_there, backbone_there = map(_on_disk, (config.sources, [config.backbone]))
-        require_outside(place, {"source": sources_there, "backbone": backbone_there})
+        backbone_there = [Place.of(config.backbone)] if Path(config.backbone).is_dir() else []
+        require_outside(place, {"source": filter(None, map(place_of, config.sources)), "backbone": backbone_there})
     sources = [open_source(name) for name in config.sources]
     _embedding_workers(config.embedders)
     backbone, words = _get(_describe.remote(config.backbone))
@@ -122,12 +122,6 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
         )
         write_manifest(folder, manifest)
     return Store.open(place)
-
-
-def _on_disk(names: Sequence[str]) -> list[Place]:
-    """Those that are files or folders of this machine."""
-    paths = [Path(name).expanduser() for name in names if "://" not in name]
-    return [Place.of(path) for path in paths if path.exists()]
 
 
 def _embedding_workers(asked: int | None) -> tuple[int, dict[str, int]]:

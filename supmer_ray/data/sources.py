@@ -29,11 +29,11 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from supmer_ray.data.catalog import CATALOG_SOURCES, unlabelled
 from supmer_ray.errors import UserError, first_line, nearest
-from supmer_ray.files import remote_filesystem, without_keys
+from supmer_ray.files import Place, remote_filesystem, without_keys
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 TEXT_FILES_A_PIECE = 256
@@ -66,26 +66,45 @@ def open_source(name: str) -> Source:
     Raises:
         UserError: there is no such source, it is empty or unreadable, or it lacks the column.
     """
-    place, _, column = name.partition("::")
-    source = Source(name, tuple(_pieces(place, column or "text")))
+    source = Source(name, tuple(_pieces(name)))
     if not any(text.strip() for piece in source.pieces for text in piece.texts()):
         raise UserError(f"The source '{without_keys(name)}' holds no text; name one that does.")
     return source
 
 
-def _pieces(place: str, column: str) -> Iterator[Piece]:
-    if place.startswith("hub:"):
-        dataset, _, configuration = place.removeprefix("hub:").partition("@")
-        yield HubRows(dataset, configuration or None, column)
-    elif place in CATALOG_SOURCES:
-        yield CatalogDocuments(place)
+def place_of(source: str) -> Place | None:
+    """Where a source as the user spelt it lies: a file, a folder or a glob; None for the hub's and the catalog's.
+
+    Raises:
+        UserError: it is a file:// address that names no path.
+    """
+    name = _parts(source)[0]
+    if name.startswith("hub:") or name in CATALOG_SOURCES:
+        return None
+    if name.startswith("file://"):
+        return Place(remote_filesystem(name)[1])  # a path after all, to be compared with other paths
+    return Place(name if "://" in name else str(Path(name).expanduser()))
+
+
+def _parts(source: str) -> tuple[str, str]:
+    """What the source is, and the column that holds its text."""
+    name, _, column = source.partition("::")
+    return name, column or "text"
+
+
+def _pieces(source: str) -> Iterator[Piece]:
+    name, column = _parts(source)
+    if place := place_of(source):
+        yield from _file_pieces(place, column, shown=without_keys(name))
+    elif name in CATALOG_SOURCES:
+        yield CatalogDocuments(name)
     else:
-        yield from _file_pieces(place, column)
+        dataset, _, configuration = name.removeprefix("hub:").partition("@")
+        yield HubRows(dataset, configuration or None, column)
 
 
-def _file_pieces(place: str, column: str) -> Iterator[Piece]:
-    filesystem, path = _filesystem(place)
-    shown = without_keys(place)
+def _file_pieces(place: Place, column: str, shown: str) -> Iterator[Piece]:
+    filesystem, path = place.filesystem()
     with _readable(shown):
         info = filesystem.get_file_info(path)
         if info.type == FileType.File:
@@ -106,12 +125,6 @@ def _file_pieces(place: str, column: str) -> Iterator[Piece]:
     for file in files:
         if _format(file) != ".txt":
             yield from _file_piece(filesystem, file, column)
-
-
-def _filesystem(place: str) -> tuple[FileSystem, str]:
-    if "://" in place:
-        return remote_filesystem(place)
-    return LocalFileSystem(), str(Path(place).expanduser().absolute())
 
 
 def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]:

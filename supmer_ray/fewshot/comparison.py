@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 AVERAGE = "average"
 """The name under which a method's mean over the tasks stands; only tasks tested on themselves count."""
@@ -28,6 +27,8 @@ def paired(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
         `difference`, the mean; `low` and `high`, its 95 % percentile bootstrap interval; `p` of the paired
         t-test, two-sided. NaN where fewer than two pairs, or differences all alike, say nothing.
     """
+    import scipy.stats  # half of what the whole module takes to import, and a plan or a report may need no test
+
     differences = np.asarray(scores, float) - np.asarray(baseline, float)
     result = {"difference": float(differences.mean()), "low": np.nan, "high": np.nan, "p": np.nan}
     if len(differences) < 2 or np.ptp(differences) < 1e-12:
@@ -116,8 +117,8 @@ def markdown(rows: pd.DataFrame, baseline: str, title: str, note: str) -> str:
     for point, own in _groups(table, "point"):
         if point:
             parts.append(f"## {point}")
-        columns = [_column(train, test) for train, test in own[["train", "test"]].drop_duplicates().to_numpy()]
-        own = own.assign(column=[_column(train, test) for train, test in own[["train", "test"]].to_numpy()])
+        columns = [pair_name(train, test) for train, test in own[["train", "test"]].drop_duplicates().to_numpy()]
+        own = own.assign(column=[pair_name(train, test) for train, test in own[["train", "test"]].to_numpy()])
         cells = own.set_index(["method", "column"])
         methods = list(dict.fromkeys(own["method"]))
         parts.append(f"Test accuracy in per cent, mean ± standard deviation over {seeds} data seeds:")
@@ -188,8 +189,9 @@ def _methods(rows: pd.DataFrame, baseline: str) -> list[dict[str, Any]]:
     return records
 
 
-def _column(train: str, test: str) -> str:
-    return test if train == test else f"{train} → {test}"
+def pair_name(train: str, test: str, arrow: str = " → ") -> str:
+    """What a task to adapt on and one to test on are called: "news → films", or the task where both are the same."""
+    return test if train == test else f"{train}{arrow}{test}"
 
 
 def _cell(cells: pd.DataFrame, method: str, column: str, write: Callable[[pd.Series], str]) -> str:

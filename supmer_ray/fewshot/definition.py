@@ -1,8 +1,9 @@
 """A labelled task as data: one YAML names its rows, text fields, pattern and verbalizers.
 
 In comes a YAML file or the name of a built-in task, out come a checked `TaskDefinition` and, from its
-`read`, the train and test rows. A pattern puts the fields around one {mask}; a verbalizer is the word
-that stands for a label there (Schick and Schütze, 2021). A new task is a new YAML, never new code.
+`read`, the train and test rows (`TaskRows` holds both). A pattern puts the fields around one {mask}; a
+verbalizer is the word that stands for a label there (Schick and Schütze, 2021). A new task is a new YAML,
+never new code.
 
 A multiple choice may be asked at once, with letters as words, or candidate by candidate as a sentence
 pair ("does this one follow?"), which a small language model can answer where it cannot point with a letter.
@@ -10,8 +11,10 @@ pair ("does this one follow?"), which a small language model can answer where it
 
 from __future__ import annotations
 
+import hashlib
 import string
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -284,6 +287,53 @@ class TaskDefinition(Section):
                     f"Row {row} of {where} has the label '{label}', but its candidate '{column}' is empty; mend it."
                 )
         return texts
+
+
+Frames = Mapping[str, pd.DataFrame]
+"""What `TaskDefinition.read` gives: the rows of "train" and "test"."""
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task with its rows already read."""
+
+    definition: TaskDefinition
+    frames: Frames
+
+    @staticmethod
+    def of(definition: TaskDefinition) -> TaskRows:
+        return TaskRows(definition, definition.read())
+
+    def description(self) -> dict[str, Any]:
+        """All that makes the task another one, as JSON: its definition, and a digest of each split's rows."""
+        return {
+            "definition": self.definition.model_dump(mode="json"),
+            "labels": list(self.definition.labels),  # in their order, which objects of JSON are equal without
+            "rows": {split: _digest(frame) for split, frame in self.frames.items()},
+        }
+
+
+def _digest(frame: pd.DataFrame) -> str:
+    """SHA-256 of the values, row by row."""
+    return hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
+
+
+def require_same_labels(source: TaskDefinition, target: TaskDefinition) -> None:
+    """
+    Raises:
+        UserError: what is learned on `source` cannot be tested on `target`.
+    """
+    if source.labels != target.labels:
+        raise UserError(
+            f"Task '{target.name}' has the labels {', '.join(target.labels)}, but '{source.name}', which is adapted "
+            f"on, has {', '.join(source.labels)}; test on a task with the same labels in the same order."
+        )
+    if bool(source.candidates) != bool(target.candidates):
+        ways = {True: "candidate by candidate", False: "at once"}
+        raise UserError(
+            f"Task '{target.name}' is asked {ways[bool(target.candidates)]}, but '{source.name}', which is adapted on, "
+            f"{ways[bool(source.candidates)]}; test on a task that is asked in the same way."
+        )
 
 
 def field_texts(frame: pd.DataFrame, fields: tuple[str, ...], where: str = "the input") -> pd.DataFrame:

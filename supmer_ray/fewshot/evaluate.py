@@ -6,12 +6,10 @@ same K-shot draws. A step is chosen on the dev split, never on the test split, w
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from supmer_ray.config import AdaptConfig
-from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.errors import require_new_folder
 from supmer_ray.fewshot.adapt import (
     AdaptResult,
     AdaptRun,
@@ -31,7 +29,7 @@ from supmer_ray.fewshot.adapt import (
     vocabulary_prompt,
 )
 from supmer_ray.fewshot.adapted import RECORD, Adapted, AdaptedRecord, save_adapted
-from supmer_ray.fewshot.definition import TaskDefinition
+from supmer_ray.fewshot.definition import TaskDefinition, TaskRows, require_same_labels
 from supmer_ray.fewshot.encoding import Split, TaskEncoder, input_limit
 from supmer_ray.fewshot.finetune import finetune
 from supmer_ray.fewshot.method import Method
@@ -41,34 +39,6 @@ from supmer_ray.files import Place, require_outside
 from supmer_ray.meta.state import Checkpoint
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer
-
-Frames = Mapping[str, pd.DataFrame]
-"""What `TaskDefinition.read` gives: the rows of "train" and "test"."""
-
-
-@dataclass(frozen=True)
-class TaskRows:
-    """A task with its rows already read."""
-
-    definition: TaskDefinition
-    frames: Frames
-
-    @staticmethod
-    def of(definition: TaskDefinition) -> TaskRows:
-        return TaskRows(definition, definition.read())
-
-    def description(self) -> dict[str, Any]:
-        """All that makes the task another one, as JSON: its definition, and a digest of each split's rows."""
-        return {
-            "definition": self.definition.model_dump(mode="json"),
-            "labels": list(self.definition.labels),  # in their order, which objects of JSON are equal without
-            "rows": {split: _digest(frame) for split, frame in self.frames.items()},
-        }
-
-
-def _digest(frame: pd.DataFrame) -> str:
-    """SHA-256 of the values, row by row."""
-    return hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -164,24 +134,6 @@ def evaluate_method(
         for seed, one in zip(seeds, learned, strict=True)
         for target, accuracy in zip(targets, one.accuracies, strict=True)
     ]
-
-
-def require_same_labels(source: TaskDefinition, target: TaskDefinition) -> None:
-    """
-    Raises:
-        UserError: what is learned on `source` cannot be tested on `target`.
-    """
-    if source.labels != target.labels:
-        raise UserError(
-            f"Task '{target.name}' has the labels {', '.join(target.labels)}, but '{source.name}', which is adapted "
-            f"on, has {', '.join(source.labels)}; test on a task with the same labels in the same order."
-        )
-    if bool(source.candidates) != bool(target.candidates):
-        ways = {True: "candidate by candidate", False: "at once"}
-        raise UserError(
-            f"Task '{target.name}' is asked {ways[bool(target.candidates)]}, but '{source.name}', which is adapted on, "
-            f"{ways[bool(source.candidates)]}; test on a task that is asked in the same way."
-        )
 
 
 @dataclass(frozen=True)

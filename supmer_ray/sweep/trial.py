@@ -103,8 +103,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective, after its few-shot task was found usable."""
     if config.task is None:
         return Objective(config)
-    from supmer_ray.fewshot.definition import load_definition
-    from supmer_ray.fewshot.evaluate import TaskRows
+    from supmer_ray.fewshot.definition import TaskRows, load_definition
     from supmer_ray.fewshot.sampling import draw
 
     rows = TaskRows.of(load_definition(config.task))

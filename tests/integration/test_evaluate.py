@@ -13,8 +13,7 @@ from comparing import ADAPT, METHODS
 
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _run_cell, evaluate
-from supmer_ray.fewshot.definition import load_definition
-from supmer_ray.fewshot.evaluate import TaskRows
+from supmer_ray.fewshot.definition import TaskRows, load_definition
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.model.backbone import load_backbone
 
@@ -96,7 +95,7 @@ def test_a_curve_gives_each_value_its_rows(along_shots):
 def test_a_curve_asks_for_the_runs_and_stores_that_differ(plan):
     def variants(key, values, **changes):
         curve = Curve(name="c", key=key, values=values)
-        return [(point.run, point.store) for point in plan(["supmer"], curve=curve, **changes).points()]
+        return [(point.run_variant, point.store_variant) for point in plan(["supmer"], curve=curve, **changes).points()]
 
     assert variants("adapt.shots", (2, 4)) == [("", ""), ("", "")]
     assert variants("run.meta.steps", (1, 2)) == [("meta.steps = 1", ""), ("meta.steps = 2", "")]
@@ -112,7 +111,7 @@ def test_a_cell_computes_in_the_precision_that_was_asked_for(plan, monkeypatch, 
         loaded.append(load_backbone(*arguments, **options))
         return loaded[-1]
 
-    monkeypatch.setattr("supmer_ray.evaluate.load_backbone", watched)
+    monkeypatch.setattr("supmer_ray.model.backbone.load_backbone", watched)
     cell = plan(["zero-shot"], store=False, precision=precision).cells()[1]
     task = TaskRows.of(load_definition(cell.entry.train))
     rows = _run_cell(cell, task, 1, None, 1, False, task)

@@ -58,6 +58,31 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
     assert min(seconds) < 2  # half a second on two slow cores, and more than two with torch alone
 
 
+MISTAKEN = """
+import sys
+import supmer_ray.report
+from supmer_ray.cli import main
+
+for mistake in ("--suite opne", "--suite open --methods suprem", "--tasks bbc-topics"):
+    try:
+        main(["evaluate", "--out", sys.argv[1], *mistake.split()])
+    except SystemExit as end:
+        assert end.code == 2
+print([name for name in ("torch", "ray", "transformers", "sklearn", "scipy") if name in sys.modules])
+"""
+
+
+def test_a_report_and_a_mistake_in_an_evaluation_need_nothing_heavy(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MISTAKEN, tmp_path / "out"], capture_output=True, text=True)
+    told = done.stderr.splitlines()
+    assert [line.rpartition("; ")[2] for line in told] == [
+        "name a YAML file or a built-in suite: did you mean 'open'?",
+        "name a YAML file or a built-in method: did you mean 'supmer'?",
+        "name a YAML file or a built-in task: did you mean 'bbc-topic'?",
+    ], done.stderr
+    assert done.stdout == "[]\n"
+
+
 def test_configuration_mistakes(tmp_path):
     out = tmp_path / "out"
     plain = ("evaluate", "--tasks", "bbc-topic", "--out", out)

@@ -1,16 +1,24 @@
-"""What a comparison is called on disk, what it was made of, and what it must not delete: all without Ray."""
+"""What a comparison is called on disk, was made of, must not delete, and keeps when a cell fails: without a cluster."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+import ray
 import yaml
+from ray.exceptions import RayTaskError
 
 from supmer_ray import embedded
+from supmer_ray.cluster import Resources
 from supmer_ray.config import EvaluateConfig
 from supmer_ray.errors import UserError
-from supmer_ray.evaluate import DESCRIPTION, Plan, _note, _read_tasks, _require_same, evaluate
+from supmer_ray.evaluate import _fitting, _note, evaluate
 from supmer_ray.fewshot.method import load_method
+from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.files import Place, require_new_place
 from supmer_ray.reading import build
@@ -77,9 +85,9 @@ def own_task(tmp_path):
 )
 def test_a_task_that_changed_is_not_resumed(own_task, tmp_path, changes):
     plan = make_plan(own_task())
-    started = plan.description(_read_tasks(plan))
+    started = plan.description(plan.read_tasks())
     (tmp_path / DESCRIPTION).write_text(json.dumps(started))
-    _require_same(tmp_path, plan.description(_read_tasks(plan)))
+    require_same(tmp_path, plan.description(plan.read_tasks()))
     own_task(**changes)
     with pytest.raises(UserError, match=r"was started with another 'tasks'"):
         evaluate(plan, tmp_path, resume=True)
@@ -111,6 +119,31 @@ def test_overwriting_spares_the_inputs(tmp_path):
         with pytest.raises(UserError, match=rf"The {what} .* lies within the output .*out, which --overwrite would"):
             evaluate(plan, out, overwrite=True)
     assert (out / "stores" / "store").is_dir()
+
+
+@pytest.mark.parametrize("spelt", ["{out}/kept.jsonl::body", "{out}/*.jsonl", "file://{out}/kept.jsonl", "~/out"])
+def test_overwriting_spares_the_sources(own_task, tmp_path, monkeypatch, spelt):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / DESCRIPTION).write_text("{}")
+    source = spelt.format(out=out)
+    curve = Curve(name="corpora", key="prepare.sources", values=(["bbc"], [source]))
+    for plan in (
+        make_plan(own_task(), prepare={"sources": ["bbc", source]}),
+        make_plan(own_task(), prepare={"sources": ["bbc"]}, curve=curve),
+    ):
+        with pytest.raises(UserError, match=r"The source .* lies within the output .*out, which --overwrite would"):
+            evaluate(plan, out, overwrite=True)
+    assert (out / DESCRIPTION).is_file()
+
+
+def test_overwriting_spares_the_backbone(own_task, tmp_path):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / DESCRIPTION).write_text("{}")
+    with pytest.raises(UserError, match=r"The backbone .*model lies within the output"):
+        evaluate(make_plan(own_task(), backbone=str(out / "model")), out, overwrite=True)
 
 
 def test_the_note_says_the_shots_that_were_used():
@@ -173,12 +206,84 @@ def test_a_backbone_in_a_folder_is_told_apart_by_its_weights(own_task, tmp_path)
     folder.mkdir()
     plan = make_plan(own_task(), backbone=str(folder))
     (folder / "model.safetensors").write_bytes(b"one")
-    before = plan.description(_read_tasks(plan))
+    before = plan.description(plan.read_tasks())
     (folder / "model.safetensors").write_bytes(b"other")
-    assert plan.description(_read_tasks(plan)) != before
+    assert plan.description(plan.read_tasks()) != before
 
 
 def test_no_key_of_a_curve_s_source_is_shown():
     plan = sources(["s3://KEY:SECRET@bucket/a"], ["s3://KEY:SECRET@bucket/b"])
     assert "SECRET" not in str([point.label for point in plan.points()]) + str([cell.name for cell in plan.cells()])
     assert "SECRET" not in json.dumps(plan.description({}))
+
+
+@pytest.fixture
+def run_cell_by(monkeypatch):
+    """A function that has cells run by another one, in threads, as a cluster with one CPU would."""
+    pool = ThreadPoolExecutor(8)
+
+    def task(work, *arguments):
+        try:
+            return work(*arguments)
+        except Exception as error:
+            raise RayTaskError("cell", "", error, "cell", 1, "here").as_instanceof_cause() from None
+
+    def remote(work):
+        run = SimpleNamespace(remote=lambda *given: SimpleNamespace(future=lambda: pool.submit(task, work, *given)))
+        return SimpleNamespace(options=lambda **_: run)
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr("supmer_ray.evaluate.connect", lambda: Resources((1.0,)))
+    yield lambda work: monkeypatch.setattr("supmer_ray.evaluate._run_cell", work)
+    pool.shutdown()
+
+
+def outcome(cell, source, seeds, *_):
+    """Rows such as a cell gives."""
+    row = {"point": "", "method": cell.method.name, "train": source.definition.name, "test": source.definition.name}
+    numbers = {"shots": 1, "best_step": 1, "seconds": 1.0, "trained_parameters": 1}
+    return [{**row, **numbers, "seed": seed, "dev_accuracy": 0.5, "test_accuracy": 0.5} for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("error", [UserError("Mend it."), MemoryError("too much")], ids=["refusal", "crash"])
+def test_cells_that_run_beside_one_that_fails_are_kept(own_task, tmp_path, run_cell_by, error):
+    methods = ["zero-shot", "prompt-tuning", "linear-probe", "ft"]
+    plan, out = make_plan(own_task(), methods=methods, adapt={"shots": 1}), tmp_path / "out"
+    failed, started, told = threading.Event(), [], []
+
+    def work(cell, *given):
+        started.append(cell.method.name)
+        if cell.method.name == "prompt-tuning":
+            raise error
+        failed.wait(10)
+        return outcome(cell, *given)
+
+    def tell(title, done, total, unit):
+        told.append((done, total, unit))
+        if len(started) == 2:
+            failed.set()
+
+    run_cell_by(work)
+    with pytest.raises(type(error)) as raised:
+        evaluate(plan, out, progress=tell)
+    assert started == methods[:2]
+    assert [file.stem for file in (out / "cells").iterdir()] == ["own--zero-shot"]
+    so_far = "1 of 4 cells are done, and --resume goes on with the others."
+    if isinstance(error, UserError):
+        assert str(raised.value) == f"Mend it. {so_far}"
+    else:
+        assert raised.value.__notes__ == [f"So ended the cell own--prompt-tuning; {so_far}"]
+
+    before = pd.read_parquet(out / "cells" / "own--zero-shot.parquet")
+    run_cell_by(outcome)
+    rows = evaluate(plan, out, resume=True, progress=lambda *message: told.append(message[1:]))
+    assert list(rows["method"].unique()) == methods and len(before) == plan.seeds
+    assert [done for done, *_ in told] == sorted(done for done, *_ in told)
+    assert told[0] == (0, 4, "cells") and told[-1] == (4, 4, "cells")
+
+
+def test_as_many_cells_are_under_way_as_the_cluster_has_room_for():
+    assert _fitting(Resources((4.0, 3.0)), 2, gpu=False) == 3
+    assert _fitting(Resources((8.0,), gpus=2.0), 1, gpu=True) == 2
+    assert _fitting(Resources((1.0,), gpus=2.0), 1, gpu=True) == 1

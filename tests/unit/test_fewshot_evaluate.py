@@ -12,9 +12,9 @@ from supmer_ray.config import AdaptConfig, RunConfig
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.adapt import AdaptRun, adapt, score, vocabulary_prompt
-from supmer_ray.fewshot.definition import TaskDefinition, load_definition
+from supmer_ray.fewshot.definition import TaskDefinition, TaskRows, load_definition, require_same_labels
 from supmer_ray.fewshot.encoding import TaskEncoder
-from supmer_ray.fewshot.evaluate import TaskRows, adapt_task, evaluate_method, require_same_labels
+from supmer_ray.fewshot.evaluate import adapt_task, evaluate_method
 from supmer_ray.fewshot.finetune import finetune
 from supmer_ray.fewshot.method import Method, load_method
 from supmer_ray.fewshot.probe import features

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
+from supmer_ray.config import PrepareConfig
 from supmer_ray.data import sources
+from supmer_ray.data.prepare import prepare
 from supmer_ray.data.sources import JsonLines, open_source
+from supmer_ray.data.store import MANIFEST
 from supmer_ray.errors import UserError
 
 TEXTS = ["One line.", 'Two\nlines, and a "quote".', "Drei Wörter hier."]
@@ -183,6 +186,21 @@ def test_a_bad_line_is_named_in_any_piece(tmp_path):
     piece = JsonLines(LocalFileSystem(), str(file), "text", 20, file.stat().st_size)
     with pytest.raises(UserError, match="Line 3 of"):
         list(piece.texts())
+
+
+@pytest.mark.parametrize(
+    "spelt", ["{out}", "{out}/kept.jsonl::body", "{out}/*.jsonl", "file://{out}/kept.jsonl::body", "~/out/kept.jsonl"]
+)
+def test_overwriting_spares_a_source_however_it_is_spelt(tmp_path, monkeypatch, spelt):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = json_lines(out / "kept.jsonl", [{"body": "A text."}])
+    (out / MANIFEST).write_text("{}")
+    config = PrepareConfig(sources=(spelt.format(out=out),))
+    with pytest.raises(UserError, match=r"The source .* lies within the output .*out, which --overwrite would delete"):
+        prepare(config, out, overwrite=True)
+    assert kept.exists()
 
 
 def test_a_misspelt_catalog_name_and_address():
