@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,9 +12,11 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from supmer_ray.errors import UserError, first_line, require_new_folder, require_one_way, require_path
 
@@ -69,11 +72,16 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
         scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def held(folder: Path, who: str, *, wait: bool = False) -> Iterator[None]:
-    """Keep `folder` to this process while the block runs, by a lock that ends with the process.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+"""What a file system without locks answers."""
 
-    The lock lies beside the folder, so that the folder may be replaced meanwhile.
+
+@contextmanager
+def held(where: Where, who: str, *, wait: bool = False) -> Iterator[None]:
+    """Keep a folder to this process while the block runs, by a lock that ends with the process.
+
+    The lock lies beside the folder, so that the folder may be replaced meanwhile. Object stores have no locks, nor have
+    some network file systems: there it is nobody's.
 
     Args:
         who: what works there, for the message ("a run").
@@ -82,6 +90,11 @@ def held(folder: Path, who: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
+    place = Place.of(where)
+    if place.remote:
+        yield
+        return
+    folder = place.local
     lock = folder.with_name(f".{folder.name}.lock")
     while True:
         try:
@@ -98,10 +111,13 @@ def held(folder: Path, who: str, *, wait: bool = False) -> Iterator[None]:
                 if wait:
                     continue
                 raise UserError(f"In {folder} {who} is going on; wait for its end, or name another folder.") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             try:
                 yield
             finally:
-                lock.unlink()
+                lock.unlink(missing_ok=True)  # without locks, another may have removed it
             return
 
 
@@ -114,7 +130,11 @@ def without_keys(uri: str) -> str:
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return uri
-    bucket, slash, path = rest.partition("?")[0].partition("/")
+    address = rest.partition("?")[0]
+    bucket, slash, path = address.partition("/")
+    if ":" in bucket and "@" not in bucket:
+        # The "/" may be a secret's, which should have been written %2F; it is no more to be read for that.
+        return scheme + mark + address.rpartition("@")[2]
     return scheme + mark + bucket.rpartition("@")[2] + slash + path
 
 
@@ -125,17 +145,32 @@ def remote_filesystem(uri: str) -> tuple[FileSystem, str]:
         UserError: pyarrow has no such file system, or it cannot be reached.
     """
     from pyarrow import ArrowException
-    from pyarrow.fs import FileSystem
 
     if "#" in uri:
         raise UserError(f"The address {without_keys(uri)} holds a '#', which would end it; write %23 for it.")
-    if uri.startswith(("gs://", "gcs://")) and "?" not in uri:
-        uri += f"?retry_limit_seconds={CLOUD_PATIENCE_S}"
+    address, mark, options = uri.partition("?")
+    scheme, _, rest = address.partition("://")
+    if scheme in ("gs", "gcs") and not mark:
+        mark, options = "?", f"retry_limit_seconds={CLOUD_PATIENCE_S}"
+    bucket, slash, path = rest.partition("/")
+    # All that lies in a bucket shares one client, with its connections and what it was told of keys and region.
+    shared = scheme in ("s3", "gs", "gcs") and bucket != ""
+    root, below = (f"{scheme}://{bucket}", slash + path) if shared else (address, "")
+    opened = root + mark + options
     try:
-        return FileSystem.from_uri(uri)
+        # The environment may name the endpoint and the keys; a client does not outlive a fork.
+        filesystem, start = _client(opened, os.getpid(), frozenset(os.environ.items()))
     except (ValueError, OSError, NotImplementedError, ArrowException) as error:
-        why = first_line(error).replace(uri, without_keys(uri))
+        why = first_line(error).replace(opened, without_keys(uri))
         raise UserError(f"Cannot reach {without_keys(uri)} ({why}); write a path, s3://… or gs://….") from None
+    return filesystem, start + unquote(below).rstrip("/")
+
+
+@lru_cache(maxsize=32)
+def _client(uri: str, process: int, environment: frozenset[tuple[str, str]]) -> tuple[FileSystem, str]:
+    from pyarrow.fs import FileSystem
+
+    return FileSystem.from_uri(uri)
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,7 +224,7 @@ class Place:
     @property
     def local(self) -> Path:
         """The folder as a path of this machine."""
-        assert not self.remote, self.where
+        assert not self.remote, str(self)
         return Path(self.where)
 
     @property
@@ -376,14 +411,14 @@ def read_sealed(where: Where, what: str, name: str = "config.json") -> dict[str,
             description = json.loads(content)
             checksums = description["checksums"].items()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{place / name} is damaged; use another copy of {what}.") from None
+            raise UserError(f"{place / name} is damaged; use another copy of it.") from None
         for member, digest in checksums:
             found = place.digest(member)
             if found is None:
-                raise UserError(f"{place} is not whole: {member} is missing; use another copy of {what}.")
+                raise UserError(f"{place} is not whole: {member} is missing; use another copy of it.")
             if found != digest:
                 raise UserError(
-                    f"{place / member} is damaged (its digest is not the recorded one); use another copy of {what}."
+                    f"{place / member} is damaged (its digest is not the recorded one); use another copy of it."
                 )
     return description
 

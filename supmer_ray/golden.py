@@ -8,6 +8,7 @@ the very code that trains.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,8 @@ def differences(golden: Golden) -> dict[str, float]:
     def compare(quantity: str, found: Tensor | float, expected: Tensor | float) -> None:
         gap = torch.as_tensor(found, dtype=torch.float64) - torch.as_tensor(expected, dtype=torch.float64)
         difference = gap.abs().max().item() - (recorded_rounding(expected) if isinstance(expected, float) else 0.0)
-        difference = difference if difference > 0 or difference != difference else 0.0
         # A NaN must never look like agreement.
-        worst[quantity] = max(worst.get(quantity, 0.0), difference if difference == difference else float("inf"))
+        worst[quantity] = max(worst.get(quantity, 0.0), math.inf if math.isnan(difference) else difference)
 
     names = regularizer_names(golden.regularizer)
     for task, facts in enumerate(golden.facts["per_task"]):

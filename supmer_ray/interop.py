@@ -26,7 +26,7 @@ def regularizer_names(regularizer: Regularizer) -> list[str]:
     return [_reference_name(name) for name, _ in regularizer.named_parameters()]
 
 
-def regularizer_from_reference(tensors: Mapping[str, Tensor], prefix: str = "") -> Regularizer:
+def regularizer_from_reference(tensors: Mapping[str, Tensor], prefix: str) -> Regularizer:
     """A regularizer of the shapes and values found under the reference's names.
 
     Raises:

@@ -116,5 +116,5 @@ def _runs(backbone: Backbone) -> list[AdaptRun]:
             drawn = draw(definition, frames, CONFIG.shots, seed, CONFIG.max_test)
             train, dev, test = (encoder.split(part) for part in (drawn.train, drawn.dev, drawn.test))
             prompt = vocabulary_prompt(backbone, PROMPT, seed)
-            found.append(AdaptRun(name, train, dev, encoder.verbalizer_ids, seed, prompt, IdentityRegularizer(), test))
+            found.append(AdaptRun(train, dev, encoder.verbalizer_ids, seed, prompt, IdentityRegularizer(), test))
     return found

@@ -197,14 +197,22 @@ class Embedder:
         self.budget = TOKENS_PER_BATCH[device]
 
     def embed(self, stretch: Stretch) -> int:
-        """Write a stretch's two files; returns its sentences."""
+        """Write a stretch's two files; returns its sentences.
+
+        Raises:
+            UserError: half precision cannot hold what the backbone gives.
+        """
         inputs = [frame(self.backbone, stretch.sentence(row)) for row in range(stretch.rows)]
         inputs += [
             frame(self.backbone, stretch.sentence(row), stretch.sentence(row + 1)) for row in stretch.pairs.tolist()
         ]
-        vectors = mean_pooled(self.backbone, inputs, self.budget)
-        if not np.isfinite(vectors).all():
-            raise ValueError(f"the backbone gives embeddings that are not finite in stretch {stretch.number}")
-        half = vectors.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = mean_pooled(self.backbone, inputs, self.budget).astype(np.float16)
+        # Asked of the halves: what is finite before may be too large for them.
+        if not np.isfinite(half).all():
+            raise UserError(
+                f"The backbone '{self.name}' turns some sentences into numbers that are not finite or beyond "
+                f"{np.finfo(np.float16).max:.0f}, the most that a store can keep; check its weights, or name another."
+            )
         self.vectors.write(stretch.number, half[: stretch.rows], half[stretch.rows :])
         return stretch.rows

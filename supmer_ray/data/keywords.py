@@ -17,11 +17,17 @@ RARE = 2
 """Sentences of a domain that a word must stand in to be one of its own."""
 
 
+def class_tf_idf(counts: np.ndarray) -> np.ndarray:
+    """How much each word is a class's own, from how many sentences of the class it stands in: (classes, words) both.
+
+    A word w scores n(w, class) · log(1 + A / n(w)), n those counts and A how many words a class has on average.
+    (Grootendorst, 2022, arXiv:2203.05794, equation 2.)
+    """
+    return counts * np.log1p(counts.sum() / max(1, len(counts)) / np.maximum(counts.sum(axis=0), 1))
+
+
 def keywords(sentences: Sentences, family: Family, words: np.ndarray, continuations: np.ndarray) -> np.ndarray:
     """The words that are most each domain's own, most telling first.
-
-    A word w scores n(w, domain) · log(1 + A / n(w)): n counts the sentences that it stands in, A is how many words a
-    domain has on average. (Grootendorst, 2022, arXiv:2203.05794, equation 2.)
 
     Args:
         words: (vocabulary,) whether a token begins a word that may be an answer.
@@ -47,7 +53,7 @@ def keywords(sentences: Sentences, family: Family, words: np.ndarray, continuati
         found, times = np.unique(places, return_counts=True)
         totals[found] += times
     counts = totals.reshape(family.domains, vocabulary)
-    score = counts * np.log1p(counts.sum() / max(1, family.domains) / np.maximum(counts.sum(axis=0), 1))
+    score = class_tf_idf(counts)
     score[counts < RARE] = 0
     best = np.argsort(-score, axis=1, kind="stable")[:, :KEYWORDS]
     return np.where(np.take_along_axis(score, best, axis=1) > 0, best, -1).astype(np.int32)

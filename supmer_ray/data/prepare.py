@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -99,8 +99,7 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
     _embedding_workers(config.embedders)
     backbone, words = _get(_describe.remote(config.backbone))
 
-    alone = nullcontext() if place.remote else held(place.local, "a preparation")
-    with alone, place.workshop(last=MANIFEST) as (folder, shared):
+    with held(place, "a preparation"), place.workshop(last=MANIFEST) as (folder, shared):
         with _quiet_data():
             writer, corpus = _write_sentences(sources, config, folder, tell)
         sentences = Sentences(folder)

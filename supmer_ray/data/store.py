@@ -36,8 +36,10 @@ from supmer_ray.files import Place, Where, held, sha256, whole_folder
 from supmer_ray.registry import home
 
 SCHEMA_VERSION = 2
-FAMILIES = ("nsp", "nss", "ss")
-"""Adjacent pairs, selection contexts, single sentences (paper, section 3.1)."""
+ITEM = {"nsp": (1, 3), "nss": (2, 4), "ss": (0, 1)}
+"""Pairs of neighbours, selection contexts, single sentences (paper, section 3.1): how many sentences of its document
+stand behind the first one of an item, and how many the document has at least."""
+FAMILIES = tuple(ITEM)
 
 SENTENCES = "sentences.arrow"
 DOCUMENTS = "documents.npy"
@@ -150,63 +152,6 @@ class Family:
         raise ValueError(f"split '{split}' is neither 'train' nor 'validation'")
 
 
-class Store:
-    """Read access to a prepared corpus; get one with `Store.open`.
-
-    Example:
-        >>> store = Store.open("runs/store")
-        >>> family = store.family("nsp")
-        >>> row = family.rows(family.usable("train", 32)[0], "train")[0]
-        >>> store.text(row), store.text(row + 1)
-    """
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-        self._sentences = Sentences(path)
-        self._families: dict[str, Family] = {}
-
-    @staticmethod
-    def open(where: Where) -> Store:
-        """Open the store in a folder, or that of a URI (`s3://…`) by a copy in the cache folder.
-
-        Raises:
-            UserError: there is no store, another version wrote it, or a file of it is missing or damaged.
-        """
-        place = Place.of(where)
-        manifest = read_manifest(place)
-        if place.remote:
-            return Store(_copied(place, manifest), manifest)
-        _verify(place.local, manifest)
-        return Store(place.local, manifest)
-
-    def __len__(self) -> int:
-        return len(self._sentences)
-
-    def tokens(self, row: int) -> np.ndarray:
-        """Token ids (n,) int32 of a sentence, without special tokens: a read-only view of the file."""
-        return self._sentences.tokens(row)
-
-    def text(self, row: int) -> str:
-        """The sentence in `row`."""
-        return self._sentences.text(row)
-
-    def document(self, row: int) -> int:
-        """Number of the document that holds `row`."""
-        return self._sentences.document(row)
-
-    def document_rows(self, row: int) -> range:
-        """The rows of the document that holds `row`, in reading order."""
-        return self._sentences.document_rows(row)
-
-    def family(self, name: str) -> Family:
-        """One of `FAMILIES`."""
-        if name not in self._families:
-            tables = load_file(self.path / f"{name}.safetensors")
-            self._families[name] = Family(items=_map(self.path / f"{name}.rows.npy"), **tables)
-        return self._families[name]
-
-
 class Sentences:
     """The sentence table of a store, also while the store is still being built."""
 
@@ -225,6 +170,7 @@ class Sentences:
         return self._length
 
     def tokens(self, row: int) -> np.ndarray:
+        """Token ids (n,) int32 of a sentence, without special tokens: a read-only view of the file."""
         batch, place = self._locate(row)
         offsets, values = self._tokens[batch]
         return values[offsets[place] : offsets[place + 1]]
@@ -235,14 +181,17 @@ class Sentences:
             yield number * BATCH_ROWS, offsets - offsets[0], values[offsets[0] : offsets[-1]]
 
     def text(self, row: int) -> str:
+        """The sentence in `row`."""
         batch, place = self._locate(row)
         return self._texts[batch][place].as_py()
 
     def document(self, row: int) -> int:
+        """Number of the document that holds `row`."""
         batch, place = self._locate(row)
         return self._documents[batch][place].as_py()
 
     def document_rows(self, row: int) -> range:
+        """The rows of the document that holds `row`, in reading order."""
         document = self.document(row)
         return range(int(self.starts[document]), int(self.starts[document + 1]))
 
@@ -251,6 +200,44 @@ class Sentences:
             raise IndexError(f"sentence row {row} of {self._length}")
         batch, place = divmod(int(row), BATCH_ROWS)
         return batch, place
+
+
+class Store(Sentences):
+    """Read access to a prepared corpus; get one with `Store.open`.
+
+    Example:
+        >>> store = Store.open("runs/store")
+        >>> family = store.family("nsp")
+        >>> row = family.rows(family.usable("train", 32)[0], "train")[0]
+        >>> store.text(row), store.text(row + 1)
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        super().__init__(path)
+        self.path = path
+        self.manifest = manifest
+        self._families: dict[str, Family] = {}
+
+    @staticmethod
+    def open(where: Where) -> Store:
+        """Open the store in a folder, or that of a URI (`s3://…`) by a copy in the cache folder.
+
+        Raises:
+            UserError: there is no store, another version wrote it, or a file of it is missing or damaged.
+        """
+        place = Place.of(where)
+        manifest = read_manifest(place)
+        if place.remote:
+            return Store(_copied(place, manifest), manifest)
+        _verify(place.local, manifest)
+        return Store(place.local, manifest)
+
+    def family(self, name: str) -> Family:
+        """One of `FAMILIES`."""
+        if name not in self._families:
+            tables = load_file(self.path / f"{name}.safetensors")
+            self._families[name] = Family(items=_map(self.path / f"{name}.rows.npy"), **tables)
+        return self._families[name]
 
 
 class SentenceWriter:
@@ -429,21 +416,15 @@ def item_rows(name: str, starts: np.ndarray, first: int, last: int) -> np.ndarra
     Args:
         starts: (documents + 1,) first row of each document, as in `documents.npy`.
     """
+    following, smallest = ITEM[name]
     rows = np.arange(first, last)
     document = np.searchsorted(starts, rows, side="right") - 1
     end = starts[document + 1]
-    if name == "nsp":
-        return rows[(rows + 1 < end) & (end - starts[document] >= 3)]
-    if name == "nss":
-        return rows[(rows + 2 < end) & (end - starts[document] >= 4)]
-    return rows
+    return rows[(rows + following < end) & (end - starts[document] >= smallest)]
 
 
 def count_items(name: str, starts: Iterable[int]) -> int:
     """How many items of a family the documents hold."""
+    following, smallest = ITEM[name]
     sizes = np.diff(np.asarray(starts))
-    if name == "nsp":
-        return int((sizes[sizes >= 3] - 1).sum())
-    if name == "nss":
-        return int((sizes[sizes >= 4] - 2).sum())
-    return int(sizes.sum())
+    return int((sizes[sizes >= smallest] - following).sum())

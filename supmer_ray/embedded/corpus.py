@@ -11,7 +11,7 @@ import nupunkt
 from sklearn.cluster import MiniBatchKMeans
 
 from supmer_ray.data.catalog import Document, unlabelled
-from supmer_ray.data.embed import frame, mean_pooled
+from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
 from supmer_ray.data.store import Family, item_rows
 from supmer_ray.model.backbone import Backbone
 
@@ -185,10 +185,10 @@ def task_corpus(corpus: Corpus) -> Corpus:
     )
 
 
-def embed(corpus: Corpus, backbone: Backbone, tokens_per_batch: int = 2048) -> np.ndarray:
+def embed(corpus: Corpus, backbone: Backbone) -> np.ndarray:
     """(sentences, d) float32 mean-pooled encoder states."""
     inputs = [frame(backbone, corpus.row_tokens(row)) for row in range(len(corpus))]
-    return mean_pooled(backbone, inputs, tokens_per_batch)
+    return mean_pooled(backbone, inputs, TOKENS_PER_BATCH["cpu"])
 
 
 def cluster(embeddings: np.ndarray, seed: int) -> np.ndarray:

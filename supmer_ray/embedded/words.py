@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from supmer_ray.data.keywords import class_tf_idf
 from supmer_ray.embedded.corpus import SOURCES, Corpus, TaskStore
 from supmer_ray.model.backbone import Backbone
 
@@ -86,6 +87,11 @@ class Lexicon:
 
     @staticmethod
     def of(corpus: Corpus, vocabulary: dict[str, int]) -> Lexicon:
+        """Count the words of a corpus; each of its sources weighs the same.
+
+        Args:
+            vocabulary: id of each piece of the tokenizer, "##" before one that goes on with a word.
+        """
         size = max(vocabulary.values()) + 1
         whole, continues = np.zeros(size, bool), np.zeros(size, bool)
         for piece, number in vocabulary.items():
@@ -219,8 +225,7 @@ class WordExamples:
                 ids = corpus.row_tokens(int(row))
                 counts[cluster, np.unique(ids)] += 1
         counts *= wanted > 0
-        score = counts * np.log1p(counts.sum() / len(counts) / np.maximum(counts.sum(0), 1))
-        return list(np.argsort(-score, axis=1)[:, :KEYWORDS])
+        return list(np.argsort(-class_tf_idf(counts), axis=1)[:, :KEYWORDS])
 
     def _class(self, generator: np.random.Generator) -> WordExample:
         """A sentence of one of some clusters, each told in the prompt by its word, its vector or both."""

@@ -37,7 +37,6 @@ class AdaptRun:
     """One prompt to adapt.
 
     Attributes:
-        task: the definition's name.
         train, dev: the K-shot draw, encoded.
         verbalizer_ids: (words,) first tokens of the words that answer, as `TaskEncoder` has them.
         seed: of the order of the training examples.
@@ -47,7 +46,6 @@ class AdaptRun:
         test: scored once with the chosen prompt; runs may share the object.
     """
 
-    task: str
     train: Split
     dev: Split
     verbalizer_ids: np.ndarray

@@ -127,7 +127,6 @@ def predict(
     *,
     overwrite: bool = False,
     backbone: Backbone | None = None,
-    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Label the rows of a CSV, JSONL or Parquet file.
@@ -168,7 +167,6 @@ def predict(
         adapted.prompt[None].to(backbone.device),
         [inputs],
         [encoder.verbalizer_ids],
-        token_budget=token_budget,
         progress=progress and (lambda name, done, total: progress(name, done // each, total // each)),
     )
     probabilities, labels = label_probabilities(scores, offered), record.definition.labels

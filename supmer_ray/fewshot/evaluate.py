@@ -167,7 +167,6 @@ def _runs(
     regularizer = checkpoint.regularizer if checkpoint else IdentityRegularizer()
     return [
         AdaptRun(
-            task=encoder.definition.name,
             train=encoder.split(drawn.train),
             dev=encoder.split(drawn.dev),
             verbalizer_ids=encoder.verbalizer_ids,

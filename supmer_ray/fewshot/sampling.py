@@ -65,7 +65,7 @@ def draw(
     )
 
 
-def test_rows(frames: Mapping[str, pd.DataFrame], max_test: int | None = None) -> pd.DataFrame:
+def test_rows(frames: Mapping[str, pd.DataFrame], max_test: int | None) -> pd.DataFrame:
     """The test rows that every data seed and every method is judged on: all, or the same `max_test` of them."""
     test = frames["test"]
     if max_test is not None and max_test < len(test):

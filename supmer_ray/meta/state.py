@@ -234,7 +234,7 @@ def _tensors(place: Place, name: str) -> dict[str, Tensor]:
     with place.answering():
         content = place.content(name)
     if content is None:
-        raise UserError(f"{place} is not whole: {name} is missing; use another copy of a checkpoint.")
+        raise UserError(f"{place} is not whole: {name} is missing; use another copy of it.")
     return load(content)
 
 

@@ -283,8 +283,8 @@ class MetaStep:
         states, _ = encode_prompted(self.backbone, at, Rows.concat(rows, partner))
         own_states, partner_states = states.chunk(2)
         union = rows.layout.union(partner.layout).behind(at.shape[1])
-        keep = to_device(mixing, states.device).to(states.dtype)[union.examples(states.device), None]
-        mixed = keep * own_states + (1 - keep) * partner_states
+        keep = to_device(mixing, states.device)[union.examples(states.device), None]
+        mixed = mixed_states(own_states, partner_states, keep)
         # A mixed example may have the answers of both; one that they share stands there once.
         shared = (partner.choices[:, :, None] == rows.choices[:, None, :]).any(dim=2)
         choices = torch.cat([rows.choices, partner.choices.masked_fill(shared, -1)], dim=1)
@@ -296,3 +296,9 @@ class MetaStep:
         negative_entropy = torch.xlogy(weight, weight) + torch.xlogy(1 - weight, 1 - weight)
         cross = weight * own + (1 - weight) * other
         return (torch.where(same, 0.0, negative_entropy) - cross).sum(dim=1), rows
+
+
+def mixed_states(own: Tensor, partner: Tensor, keep: Tensor) -> Tensor:
+    """λ·own + (1 − λ)·partner of (N, d) states, λ (N, 1), in float32 at least: the target has the same λ."""
+    keep = keep.to(torch.promote_types(own.dtype, torch.float32))
+    return (keep * own + (1 - keep) * partner).to(own.dtype)

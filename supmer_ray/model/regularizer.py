@@ -7,8 +7,6 @@ embedding decides how much of the raw gradient to keep.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +38,6 @@ class Regularizer(nn.Module):
         self, d_model: int, rank: int | None = None, layers: int = 2, gate_hidden: int = 24, *, gated: bool = True
     ) -> None:
         super().__init__()
-        self.d_model = d_model
         self.rank = rank or min(RANK_LIMIT, d_model)
         self.u = nn.ParameterList(nn.Parameter(torch.empty(d_model, self.rank)) for _ in range(layers))
         self.v = nn.ParameterList(nn.Parameter(torch.empty(self.rank, d_model)) for _ in range(layers))
@@ -91,4 +88,4 @@ class IdentityRegularizer(nn.Module):
 
     def forward(self, gradient: Tensor, task_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """(tasks, P, d), (tasks, d) → the same gradient and gates of 1 (tasks,)."""
-        return gradient, gradient.new_ones(math.prod(gradient.shape[:1]))
+        return gradient, gradient.new_ones(len(gradient))

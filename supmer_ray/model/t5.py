@@ -160,7 +160,7 @@ class _RootMeanSquare(torch.autograd.Function):
     """x / rms(x) · weight, for a frozen weight, in as few passes over x as may be; twice differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compiled: bool = False) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, compiled: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.compiled = eps, compiled
         return (_compiled(_normed) if compiled else _normed)(x, weight, eps)

@@ -1,19 +1,18 @@
 """The Grafana dashboard of a run: the series of `series` go in, JSON for Grafana comes out.
 
-`supmer dashboard` writes it where the Grafana configuration that Ray makes looks for dashboards.
+`supmer dashboard` writes it where the Grafana configuration that Ray makes looks for dashboards, or with `--out` into
+a folder from which Grafana imports it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from supmer_ray.errors import UserError
-from supmer_ray.files import whole_file
+from supmer_ray.files import write_json
 
-FILE = Path(__file__).with_name("supmer.json")
 DIRECTORY_VARIABLE = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"
 """Ray's own variable for the folder that its Grafana configuration names."""
 
@@ -105,11 +104,6 @@ def make_dashboard() -> dict[str, Any]:
     }
 
 
-def dashboard_text() -> str:
-    """The JSON as it lies in the package."""
-    return json.dumps(make_dashboard(), indent=2, ensure_ascii=False) + "\n"
-
-
 def write_dashboard(folder: Path | None = None) -> Path:
     """Write the dashboard for Grafana to find.
 
@@ -129,6 +123,5 @@ def write_dashboard(folder: Path | None = None) -> Path:
                 f"or name a folder with --out."
             )
     target = folder / "supmer_grafana_dashboard.json"
-    with whole_file(target) as scratch:
-        scratch.write_text(FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    write_json(target, make_dashboard())
     return target

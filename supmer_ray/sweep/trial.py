@@ -77,7 +77,7 @@ class Objective:
         if not self._splits:
             self._splits.extend(_dev_splits(learner.backbone, self.definition, config.adapt, config.seeds, len(prompt)))
         runs = [
-            AdaptRun(self.definition.name, train, dev, ids, seed, prompt, learner.state.regularizer)
+            AdaptRun(train, dev, ids, seed, prompt, learner.state.regularizer)
             for seed, (train, dev, ids) in enumerate(self._splits)
         ]
         budget = learner.config.workers.tokens_per_micro_batch

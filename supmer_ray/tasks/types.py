@@ -135,7 +135,7 @@ class TaskDraw:
         Items are not repeated within a set while the domains hold enough of them, nor between sets at all, unless a
         domain cannot give each set `MINIMUM_ITEMS`: else the query would ask what the support has answered.
         """
-        shares, others = [self._shares(int(domain), sizes, len(domains)) for domain in domains], self._others(domains)
+        shares = [self._shares(int(domain), sizes, len(domains)) for domain in domains]
         vectors = self.family.centroids[domains] if self.name == "scc" else None
         make = getattr(self, f"_{self.name}")
         if self.name == "sck":
@@ -143,10 +143,12 @@ class TaskDraw:
             make = partial(make, tail=tail)
         else:
             words = [self.formats.words[answer] for answer in ANSWERS[self.name]]
+        if self.name in ("scsp", "scss"):
+            make = partial(make, others=self._others(domains))
         sets = []
         for size, items in zip(sizes, zip(*shares, strict=True), strict=True):
             answers = balanced(self.generator, len(words), size)
-            inputs = [make(items, int(answer), others) for answer in answers]
+            inputs = [make(items, int(answer)) for answer in answers]
             targets = [self.formats.target(words[answer]) for answer in answers]
             sets.append(Examples.of(inputs, targets, vectors, words))
         return sets
@@ -207,7 +209,7 @@ class TaskDraw:
         drawn = int(self.generator.integers(before + after))
         return own.start + drawn if drawn < before else last + 1 + drawn - before
 
-    def _nsp(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _nsp(self, items: Sequence[Iterator[int]], answer: int) -> list[int]:
         first = next(items[0])
         second: int | None = first + 1
         if ANSWERS["nsp"][answer] == "maybe":
@@ -221,7 +223,7 @@ class TaskDraw:
         assert second is not None, "the store keeps pairs of documents with three or more sentences only"
         return self.formats.sentence_pair(self.store.tokens(first), self.store.tokens(second))
 
-    def _nss(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _nss(self, items: Sequence[Iterator[int]], answer: int) -> list[int]:
         row = next(items[0])
         near = self._same_document(row, row, row + 2)
         assert near is not None, "the store keeps contexts of documents with four or more sentences only"
@@ -241,8 +243,8 @@ class TaskDraw:
         candidates = [*distractors[:answer], right, *distractors[answer:]]
         return self.formats.multiple_choice(self.store.tokens(anchor), [self.store.tokens(c) for c in candidates])
 
-    def _scc(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
+    def _scc(self, items: Sequence[Iterator[int]], answer: int) -> list[int]:
         return self.formats.single_sentence(self.store.tokens(next(items[answer])))
 
-    def _sck(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray, tail: int) -> list[int]:
+    def _sck(self, items: Sequence[Iterator[int]], answer: int, tail: int) -> list[int]:
         return self.formats.sentence_tail(self.store.tokens(next(items[answer])), tail)

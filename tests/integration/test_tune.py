@@ -170,9 +170,7 @@ def test_dev_accuracy_of_a_few_shot_task(tiny_store, tmp_path):
         encoder = TaskEncoder(backbone, objective.definition, max_length=412)
         train_split, dev = encoder.split(drawn.train), encoder.split(drawn.dev)
         state = learner.state
-        alone = AdaptRun(
-            "films", train_split, dev, encoder.verbalizer_ids, seed, state.prompt.detach(), state.regularizer
-        )
+        alone = AdaptRun(train_split, dev, encoder.verbalizer_ids, seed, state.prompt.detach(), state.regularizer)
         (result,) = adapt(backbone, [alone], AdaptConfig(shots=4, steps=20))
         accuracies.append(result.best.accuracy)
     assert reported["objective"] == pytest.approx(sum(accuracies) / 2)

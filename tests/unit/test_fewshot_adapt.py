@@ -85,9 +85,7 @@ def runs(backbone) -> list[AdaptRun]:
         encoder = TaskEncoder(backbone, task, max_length=60)
         train, dev, test = (encoder.split(rows(size, 10 * number + at, kinds)) for at, size in enumerate((9, 9, 12)))
         prompt = vocabulary_prompt(backbone, P, seed=number).double()
-        result.append(
-            AdaptRun(task.name, train, dev, encoder.verbalizer_ids, number, prompt, regularizers[number % 2], test)
-        )
+        result.append(AdaptRun(train, dev, encoder.verbalizer_ids, number, prompt, regularizers[number % 2], test))
     return result
 
 
@@ -210,7 +208,7 @@ def test_a_choice_is_learned_candidate_by_candidate_beside_other_tasks(backbone,
     encoder = TaskEncoder(backbone, CHOICE, max_length=60)
     train, dev, test = (encoder.split(choices(size, seed)) for seed, size in enumerate((16, 16, 40)))
     prompt = vocabulary_prompt(backbone, P, seed=0).double()
-    run = AdaptRun("choice", train, dev, encoder.verbalizer_ids, 0, prompt, IdentityRegularizer(), test)
+    run = AdaptRun(train, dev, encoder.verbalizer_ids, 0, prompt, IdentityRegularizer(), test)
     epoch = [numbers for numbers, _ in zip(training_batches(run, 8), range(2), strict=False)]
     assert [len(numbers) for numbers in epoch] == [16, 16]  # of 8 rows each
     assert sorted(np.concatenate(epoch)) == list(range(32))
@@ -256,7 +254,7 @@ def adapted(folder, tmp_path_factory) -> Path:
     encoder = TaskEncoder(backbone, TWO, max_length=60)
     train, dev = (encoder.split(rows(8, seed, [LIKED, DISLIKED])) for seed in (0, 1))
     prompt = vocabulary_prompt(backbone, P, seed=0)
-    run = AdaptRun("mood", train, dev, encoder.verbalizer_ids, 0, prompt, IdentityRegularizer())
+    run = AdaptRun(train, dev, encoder.verbalizer_ids, 0, prompt, IdentityRegularizer())
     [result] = adapt(backbone, [run], CONFIG)
     assert result.test_accuracy is None
     record = AdaptedRecord(

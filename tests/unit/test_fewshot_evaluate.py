@@ -71,7 +71,7 @@ def test_a_prompt_learns_what_it_learns_alone(backbone, mood, other):
         drawn = draw(mood.definition, mood.frames, 4, seed)
         train, dev = encoder.split(drawn.train), encoder.split(drawn.dev)
         prompt = vocabulary_prompt(backbone, 5, seed)
-        run = AdaptRun("mood", train, dev, encoder.verbalizer_ids, seed, prompt, IdentityRegularizer())
+        run = AdaptRun(train, dev, encoder.verbalizer_ids, seed, prompt, IdentityRegularizer())
         [alone] = adapt(backbone, [run], CONFIG)
         for one, target in zip(found[2 * seed : 2 * seed + 2], (mood, other), strict=True):
             split = encoder.split(target.frames["test"])
@@ -112,7 +112,7 @@ def test_a_checkpoint_gives_prompt_and_regularizer(backbone, mood):
     encoder = TaskEncoder(backbone, mood.definition, max_length=CONFIG.max_length)
     drawn = draw(mood.definition, mood.frames, 4, 1)
     train, dev = encoder.split(drawn.train), encoder.split(drawn.dev)
-    [alone] = adapt(backbone, [AdaptRun("mood", train, dev, encoder.verbalizer_ids, 1, prompt, psi)], CONFIG)
+    [alone] = adapt(backbone, [AdaptRun(train, dev, encoder.verbalizer_ids, 1, prompt, psi)], CONFIG)
     assert (found[1].dev_accuracy, found[1].best_step) == (alone.best.accuracy, alone.best.step)
     assert found[0].trained_parameters == 3 * 32
 
@@ -139,7 +139,7 @@ def test_full_fine_tuning_tunes_a_copy(backbone, mood):
     encoder = TaskEncoder(backbone, mood.definition, max_length=100)
     drawn = draw(mood.definition, mood.frames, 4, 0)
     train = encoder.split(drawn.train)
-    run = AdaptRun("mood", train, train, encoder.verbalizer_ids, 0, torch.zeros(0, 32), IdentityRegularizer())
+    run = AdaptRun(train, train, encoder.verbalizer_ids, 0, torch.zeros(0, 32), IdentityRegularizer())
     tuned, best = finetune(backbone, run, method.adapt_config(CONFIG))
     assert best.step == 40 and best.accuracy == 1
     probabilities = [

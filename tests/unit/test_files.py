@@ -1,5 +1,8 @@
 """Places and locks: one process a folder, and files that are whole or not there."""
 
+import errno
+import fcntl
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ import pytest
 
 from supmer_ray.data.store import read_manifest
 from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside, whole_folder
+from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside, seal, whole_folder
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
@@ -45,6 +48,33 @@ def test_a_folder_below_a_file_is_one_sentence(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_where_there_are_no_locks_work_goes_on_without(tmp_path, monkeypatch, answer):
+    def refuse(stream, operation):
+        raise OSError(answer, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with held(tmp_path / "run", "a run"), held(tmp_path / "run", "a run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_fails_otherwise_is_told(tmp_path, monkeypatch):
+    def fail(stream, operation):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="the disk is broken"), held(tmp_path / "run", "a run"):
+        pass
+
+
+def test_an_object_store_is_not_held(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with held("s3://bucket/run", "a run"), held(Place("s3://bucket/run"), "a run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_places_on_paths_and_in_object_stores(tmp_path):
     place = Place(str(tmp_path / "run"))
     assert not place.remote and place.local == tmp_path / "run" and place.name == "run"
@@ -71,8 +101,14 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
     require_new_place(home, overwrite=True, resume=False, marker="kept")
     secret = Place("s3://KEY:SECRET@bucket/runs/first?endpoint_override=localhost:1")
     assert f"{secret} {secret!r}" == "s3://bucket/runs/first Place('s3://bucket/runs/first')", "no key in a log"
+    with pytest.raises(AssertionError) as refused:
+        _ = secret.local
+    assert "s3://bucket/runs/first" in str(refused.value) and "SECRET" not in str(refused.value)
     with pytest.raises(UserError, match=r"Cannot reach s4://bucket/x"):
         Place("s4://KEY:SECRET@bucket/x").filesystem()
+    with pytest.raises(UserError, match=r"Cannot reach s3://bucket/x \(") as refused:
+        Place("s3://KEY:SEC/RET@bucket/x").filesystem()
+    assert "KEY" not in str(refused.value) and "SEC" not in str(refused.value), "its / should have been %2F"
     with pytest.raises(UserError, match=r"s3://bucket is a whole bucket"):
         require_new_place(Place("s3://bucket?endpoint_override=localhost:1"), overwrite=False, resume=False)
     asked = Place(str(tmp_path / "why?" / "run"))
@@ -87,6 +123,20 @@ def test_a_place_whose_name_is_written_otherwise_in_its_uri_is_removed(tmp_path,
     assert place.read("x") == "text" and (tmp_path / name / "x").is_file()
     place.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_places_of_a_bucket_share_a_client(monkeypatch):
+    where = "?endpoint_override=localhost:1&scheme=http&region=us-east-1"
+    first, path = Place(f"s3://KEY:SECRET@bucket/runs/my%20run/a%25b{where}").filesystem()
+    assert path == "bucket/runs/my run/a%b"
+    for other, lies in ((f"s3://KEY:SECRET@bucket{where}", "bucket"), (f"s3://KEY:SECRET@bucket/{where}", "bucket")):
+        assert Place(other).filesystem() == (first, lies) and Place(other).filesystem()[0] is first
+    for other in (f"s3://KEY:OTHER@bucket/x{where}", f"s3://KEY:SECRET@bucket/x{where}&tls_verify_certificates=0"):
+        assert Place(other).filesystem()[0] is not first, "other keys or options"
+    assert pickle.loads(pickle.dumps(first)) == first
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:2")
+    assert Place(f"s3://KEY:SECRET@bucket/x{where}").filesystem()[0] is not first, "the environment names an endpoint"
+    assert Place("gs://anonymous@bucket/x%20y").filesystem()[1] == "bucket/x y"
 
 
 def test_a_number_sign_would_end_an_address(tmp_path):
@@ -131,6 +181,17 @@ def test_a_uri_is_no_path(tmp_path):
     ):
         with pytest.raises(UserError, match=r"^A s3://… address was given where a path is needed"):
             refuse(Path("s3://KEY:SECRET@bucket/x"))
+
+
+def test_what_is_damaged_is_named(tmp_path):
+    (tmp_path / "weights").write_text("1")
+    seal(tmp_path, {})
+    (tmp_path / "weights").write_text("2")
+    with pytest.raises(UserError, match=r"weights is damaged .*; use another copy of it\.$"):
+        read_sealed(tmp_path, "a snapshot")
+    (tmp_path / "weights").unlink()
+    with pytest.raises(UserError, match=r"is not whole: weights is missing; use another copy of it\.$"):
+        read_sealed(tmp_path, "a snapshot")
 
 
 def test_no_output_is_replaced_that_holds_an_input(tmp_path):

@@ -1,5 +1,7 @@
 """The golden numbers: the code that trains meets every recorded quantity within 1e-9 in float64."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,10 @@ def test_a_wrong_step_is_found_out(golden):
             golden.regularizer.bias[0].sub_(1e-3)
     assert found["regularized gradient psi"] > TOLERANCE
     assert found["support gradient g"] < TOLERANCE
+
+
+def test_what_is_no_number_never_agrees(golden):
+    gate = "task1.out.gate"
+    found = differences(replace(golden, tensors={**golden.tensors, gate: golden.tensors[gate] * math.nan}))
+    assert [name for name, difference in found.items() if not difference < TOLERANCE] == ["gate z"]
+    assert found["gate z"] == math.inf

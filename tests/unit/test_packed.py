@@ -147,5 +147,5 @@ def test_a_compiled_norm_is_the_same_norm():
 def test_the_norm_has_a_second_derivative():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: _RootMeanSquare.apply(x, weight, 1e-6), x)
-    assert torch.autograd.gradgradcheck(lambda x: _RootMeanSquare.apply(x, weight, 1e-6), x)
+    assert torch.autograd.gradcheck(lambda x: _RootMeanSquare.apply(x, weight, 1e-6, False), x)
+    assert torch.autograd.gradgradcheck(lambda x: _RootMeanSquare.apply(x, weight, 1e-6, False), x)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from supmer_ray.meta.step import MetaStep
+from supmer_ray.meta.step import MetaStep, mixed_states
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted
@@ -216,6 +216,17 @@ def test_without_a_gate_the_transform_still_learns(backbone):
     found = MetaStep(backbone, psi)(make_prompt(), RATES, make_batch(), np.ones(18))
     assert found.tasks["gate"].tolist() == [0, 0, 0]
     assert len(found.regularizer) == 6 and all(bool(gradient.abs().sum() > 0) for gradient in found.regularizer)
+
+
+def test_states_are_mixed_by_lambda_itself_and_not_by_what_bfloat16_makes_of_it():
+    own, partner = torch.randn(2, 50, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    keep = torch.full((50, 1), 0.997, dtype=torch.float64)  # in bfloat16 it is 0.996
+    exact = 0.997 * own.double() + (1 - 0.997) * partner.double()
+    mixed = mixed_states(own, partner, keep)
+    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, exact.bfloat16())
+    a, b, share = own.float(), partner.float(), keep.float()
+    assert mixed_states(a, b, keep).equal(share * a + (1 - share) * b), "on float32, as it is"
+    assert mixed_states(own.double(), partner.double(), keep).equal(exact)
 
 
 def test_answers_alone_are_told_from_the_answers_of_both_tasks(backbone, regularizer):
