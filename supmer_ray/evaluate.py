@@ -51,7 +51,8 @@ from supmer_ray.fewshot.plan import (
 from supmer_ray.fewshot.tables import write_table
 from supmer_ray.files import Place, held, require_outside, whole_file, write_json
 from supmer_ray.meta.record import read_rows
-from supmer_ray.train import CHECKPOINT, CONFIG_FILE, train
+from supmer_ray.meta.run import CONFIG_FILE
+from supmer_ray.train import CHECKPOINT, train
 
 if TYPE_CHECKING:
     from supmer_ray.model.backbone import Backbone

@@ -30,8 +30,8 @@ from supmer_ray.fewshot.comparison import gaps, pair_name, probability, summariz
 from supmer_ray.fewshot.plan import DESCRIPTION, RESULTS
 from supmer_ray.files import Place, Where, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
+from supmer_ray.meta.run import CONFIG_FILE
 from supmer_ray.reading import build
-from supmer_ray.train import CONFIG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -179,7 +179,7 @@ def test_a_run_that_waits_for_room_says_so(tiny_store, tmp_path):
     assert [row["text"] for row in said] == [
         "The run waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
     ]
-    assert rows[-1]["step"] == 4
+    assert rows[-1]["step"] == 12
 
 
 def test_builders_lie_beside_their_worker_and_take_what_it_has_reserved(tiny_store, tmp_path):
