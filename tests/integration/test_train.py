@@ -1,6 +1,7 @@
 """Real Ray Train runs on real text: a run, a killed worker, a resumed job, and what is refused."""
 
 import json
+import re
 import shutil
 import time
 
@@ -69,9 +70,16 @@ def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_ki
 
     result = train(load_run_config(None, SETTINGS), tiny_store, out, resume=True, progress=kill)
     assert killed
-    notice = next(row for row in said if row["kind"] == "notice" and "waits for" not in row["text"])
-    assert f"{newest.name}/optimizer.safetensors is damaged" in notice["text"]
-    assert f"goes on from step {reached} instead" in notice["text"]
+    told = [row["text"] for row in said if row["kind"] == "notice"]
+    assert any(
+        f"{newest.name}/optimizer.safetensors is damaged" in text and f"goes on from step {reached} instead" in text
+        for text in told
+    )
+    (restart,) = (text for text in told if "failed" in text)
+    assert re.fullmatch(
+        r"Worker 0 failed \(.+\); the run goes on from its last snapshot, restart 1 of at most 3\.", restart
+    )
+    assert restart in [row["text"] for row in rows_of(result.metrics, "notice")]
     assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))
     assert_same_weights(result.checkpoint, undisturbed.checkpoint)
 
