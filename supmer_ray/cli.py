@@ -23,7 +23,7 @@ from supmer_ray.config import (
 )
 from supmer_ray.errors import Stopped, UserError, require_new_folder
 from supmer_ray.files import Place, require_new_place, without_keys
-from supmer_ray.reading import build, override, read_yaml
+from supmer_ray.reading import build, override
 
 app = typer.Typer(
     help="Learn a universal soft prompt and a gradient regularizer from unlabeled text, on Ray (SUPMER).",
@@ -99,8 +99,8 @@ def train(
     from supmer_ray.data.store import read_manifest
     from supmer_ray.train import train as run
 
-    own = read_yaml(embedded.SETTINGS)["run"] if read_manifest(store).backbone.name == "embedded" else None
-    run_config = load_run_config(config, set_ or (), own)
+    own = embedded.settings_for(read_manifest(store).backbone.name)
+    run_config = load_run_config(config, set_ or (), own.get("run"))
     with stage("Meta-training", "steps") as line:
         progress = line.train_row(run_config.meta.steps)
         result = run(run_config, store, out, resume=resume, overwrite=overwrite, progress=progress)
@@ -157,11 +157,11 @@ def adapt(
     from supmer_ray.model.backbone import best_device, load_backbone
 
     name = whole_name(backbone) if backbone else (backbone_name(checkpoint) if checkpoint else "embedded")
-    values: dict[str, Any] = {}
-    if name == "embedded":
-        values |= read_yaml(embedded.SETTINGS)["adapt"]
-        checkpoint = None if plain else checkpoint or str(embedded.LEARNED)
-    values |= {"shots": shots} | ({} if steps is None else {"steps": steps})
+    if name == "embedded" and not plain:
+        checkpoint = checkpoint or str(embedded.LEARNED)
+    values = embedded.settings_for(name).get("adapt", {}) | {"shots": shots}
+    if steps is not None:
+        values |= {"steps": steps}
     config = build(AdaptConfig, override(values, set_ or ()), "the command line")
     definition = load_definition(task)
     model = load_backbone(name, device=best_device())
@@ -219,8 +219,7 @@ def evaluate(
         raise UserError("Say what to compare on: either --suite NAME or --tasks a,b.")
     assignments = [*(set_ or ()), *([] if shots is None else [f"adapt.shots={shots}"])]
     backbone = override({}, assignments).get("backbone", "embedded")
-    own = read_yaml(embedded.SETTINGS) if backbone == "embedded" else None
-    settings = load_evaluate_config(config, assignments, own)
+    settings = load_evaluate_config(config, assignments, embedded.settings_for(backbone))
     given = {}
     for pair in checkpoint or ():
         name, equals, folder = pair.partition("=")

@@ -217,20 +217,36 @@ class DimensionConfig(Section):
         if len(given) != 1:
             said = " and ".join(given) or "none of them"
             raise ValueError(f"write exactly one of {', '.join(kinds)}, not {said}")
-        for kind in ("uniform", "loguniform", "int_"):
-            bounds = getattr(self, kind)
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> DimensionConfig:
+        for bounds in (self.uniform, self.loguniform, self.int_):
             if bounds is not None and bounds[0] >= bounds[1]:
                 raise ValueError(f"the first bound {bounds[0]} must be below the second, {bounds[1]}")
         if self.loguniform and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform starts at {self.loguniform[0]}; it needs a positive number")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_choice(self) -> DimensionConfig:
         if self.choice is not None and len(self.choice) < 2:
             raise ValueError("choice needs at least two values")
-        if self.simplex is not None:
-            for name in self.simplex:
-                if name not in TASK_TYPES:
-                    raise ValueError(f"unknown task type '{name}'; {nearest(name, TASK_TYPES)}")
-            if len(set(self.simplex)) < max(2, len(self.simplex)):
-                raise ValueError("simplex needs at least two task types, each named once")
+        return self
+
+    @model_validator(mode="after")
+    def _simplex_is_of_task_types(self) -> DimensionConfig:
+        if self.simplex is None:
+            return self
+        for name in self.simplex:
+            if name not in TASK_TYPES:
+                raise ValueError(f"unknown task type '{name}'; {nearest(name, TASK_TYPES)}")
+        if len(set(self.simplex)) < max(2, len(self.simplex)):
+            raise ValueError("simplex needs at least two task types, each named once")
+        return self
+
+    @model_validator(mode="after")
+    def _inner_steps_differ_in_a_number(self) -> DimensionConfig:
         if self.each_inner_step and not (self.uniform or self.loguniform):
             raise ValueError("each_inner_step needs uniform or loguniform")
         return self
@@ -328,34 +344,54 @@ class SweepConfig(Section):
     seed: int = Field(0, ge=0, description="of the search; the runs' own is base.seed")
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> SweepConfig:
+    def _space_is_of_settings(self) -> SweepConfig:
         for key, dimension in self.space.items():
             self._check_key(key, dimension)
             for value in dimension.samples:
                 self._check_value(key, value)
-        if self.search == "pbt":
-            if self.pbt is None:
-                raise ValueError("search: pbt needs a section pbt; write pbt: {every_steps: …}")
-            if self.asha is not None:
-                raise ValueError("pbt and asha both decide which trials go on; leave asha out")
-            for key in self.space:
-                if key not in LIVE_KEYS:
-                    raise ValueError(
-                        f"pbt changes settings in the middle of a run, which '{key}' cannot bear; "
-                        f"it may be one of {', '.join(LIVE_KEYS)}"
-                    )
-            if self.base.meta.learn_inner_rates and "meta.inner_rate" in self.space:
-                raise ValueError("meta.learn_inner_rates learns what pbt would set by meta.inner_rate; switch one off")
-            if self.base.workers.count > 1:
+        return self
+
+    @model_validator(mode="after")
+    def _pbt_goes_with_its_section(self) -> SweepConfig:
+        if self.search != "pbt":
+            if self.pbt is not None:
                 raise ValueError(
-                    "pbt hands snapshots between trials that are one worker each; set base.workers.count: 1"
+                    f"a section pbt but search: {self.search}; write search: pbt, or leave the section out"
                 )
-            if self.samples < 2:
-                raise ValueError("pbt needs a population of at least two; write samples: 4")
-            if self.concurrency is not None and self.concurrency < self.samples:
-                raise ValueError("pbt needs its whole population at a time; leave concurrency out")
-        elif self.pbt is not None:
-            raise ValueError(f"a section pbt but search: {self.search}; write search: pbt, or leave the section out")
+        elif self.pbt is None:
+            raise ValueError("search: pbt needs a section pbt; write pbt: {every_steps: …}")
+        elif self.asha is not None:
+            raise ValueError("pbt and asha both decide which trials go on; leave asha out")
+        return self
+
+    @model_validator(mode="after")
+    def _pbt_changes_what_may_change(self) -> SweepConfig:
+        if self.search != "pbt":
+            return self
+        for key in self.space:
+            if key not in LIVE_KEYS:
+                raise ValueError(
+                    f"pbt changes settings in the middle of a run, which '{key}' cannot bear; "
+                    f"it may be one of {', '.join(LIVE_KEYS)}"
+                )
+        if self.base.meta.learn_inner_rates and "meta.inner_rate" in self.space:
+            raise ValueError("meta.learn_inner_rates learns what pbt would set by meta.inner_rate; switch one off")
+        return self
+
+    @model_validator(mode="after")
+    def _pbt_has_a_population(self) -> SweepConfig:
+        if self.search != "pbt":
+            return self
+        if self.base.workers.count > 1:
+            raise ValueError("pbt hands snapshots between trials that are one worker each; set base.workers.count: 1")
+        if self.samples < 2:
+            raise ValueError("pbt needs a population of at least two; write samples: 4")
+        if self.concurrency is not None and self.concurrency < self.samples:
+            raise ValueError("pbt needs its whole population at a time; leave concurrency out")
+        return self
+
+    @model_validator(mode="after")
+    def _trials_are_judged_when_they_report(self) -> SweepConfig:
         for name, steps in (
             ("asha.grace_steps", self.asha and self.asha.grace_steps),
             ("pbt.every_steps", self.pbt and self.pbt.every_steps),

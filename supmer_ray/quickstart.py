@@ -31,7 +31,7 @@ from supmer_ray.fewshot.method import load_method
 from supmer_ray.files import whole_file
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
-from supmer_ray.reading import build, read_yaml
+from supmer_ray.reading import build
 from supmer_ray.train import train
 
 SOURCES = ("bbc", "rotten-tomatoes")
@@ -58,7 +58,7 @@ RUN = {
     "schedule": {"validate_every": 30, "validation_tasks": 2, "checkpoint_every": 10},
 }
 
-ADAPT = AdaptConfig(**read_yaml(embedded.SETTINGS)["adapt"], max_test=200)
+ADAPT = AdaptConfig(**embedded.settings_for("embedded")["adapt"], max_test=200)
 
 
 def quickstart(out: Path, *, overwrite: bool = False) -> list[Outcome]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from supmer_ray.registry import home
 
@@ -36,3 +37,11 @@ def resolve(name: str) -> str:
 
         assemble(WEIGHTS, folder)
     return str(folder)
+
+
+def settings_for(backbone: str) -> dict[str, Any]:
+    """What `train`, `adapt` and `evaluate` start from on `backbone`: our settings on ours, nothing on any other."""
+    # Not at the top: the benchmark's machine with a GPU needs `resolve`, and may lack pydantic.
+    from supmer_ray.reading import read_yaml
+
+    return read_yaml(SETTINGS) if backbone == "embedded" else {}

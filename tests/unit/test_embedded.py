@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from supmer_ray.config import EvaluateConfig
-from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, resolve, words
+from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, resolve, settings_for, words
 from supmer_ray.embedded.assemble import load_encoder, tuned_layers
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
 from supmer_ray.errors import UserError
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
 from supmer_ray.model.prompted import answer_logits, encode_prompted
-from supmer_ray.reading import build, read_yaml
+from supmer_ray.reading import build
 from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.types import ANSWERS
@@ -38,6 +38,7 @@ def pretraining():
 
 def test_other_names_are_returned_as_they_are():
     assert resolve("google/flan-t5-base") == "google/flan-t5-base"
+    assert settings_for("google/flan-t5-base") == {}
 
 
 def test_shipped_weights_are_small_and_complete():
@@ -47,7 +48,7 @@ def test_shipped_weights_are_small_and_complete():
 
 
 def test_the_prompt_that_ships_was_learned_on_the_backbone_and_by_the_settings_that_ship():
-    settings = build(EvaluateConfig, read_yaml(SETTINGS), str(SETTINGS))
+    settings = build(EvaluateConfig, settings_for("embedded"), str(SETTINGS))
     checkpoint = load_checkpoint(LEARNED, load_backbone("embedded"))
     assert checkpoint.prompt.shape == (settings.run.prompt.length, 384)
     assert checkpoint.prompt.isfinite().all()
