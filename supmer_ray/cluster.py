@@ -70,6 +70,9 @@ def connect() -> Resources:
     # Ray 2.60 announces changes of defaults at every start; our users can do nothing about them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # A cluster that starts here shares its cores with its workers' builders and with all else that a machine does:
+    # threads that spin while they wait for each other would make every step several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import ray
     import ray.data
 
@@ -151,11 +154,10 @@ def require_room(resources: Resources, workers: WorkersConfig) -> None:
     if holding >= workers.count or resources.grows:
         return
     gpu = resources.has_gpus_for(workers)
-    what = f"{reserved_cpus(workers):g} CPUs ({workers.cpus:g} to train, {BUILDER_CPUS:g} for each builder)"
+    each = f"{reserved_cpus(workers):g} CPUs ({workers.cpus:g} to train, {BUILDER_CPUS:g} for each builder)"
+    each += " and a GPU" if gpu else ""
     fewer = [f"lower workers.count to {holding}"] if holding else []
     others = ["set workers.gpu to false"] if gpu else [] if holding else ["lower workers.cpus or workers.builders"]
     instead = ", or ".join([*fewer, *others])
-    raise UserError(
-        f"{workers.count} workers of {what}{' and a GPU' if gpu else ''} do not fit the cluster, whose nodes "
-        f"({resources}) hold {holding} of them; {instead}."
-    )
+    what = f"A worker of {each} does" if workers.count == 1 else f"{workers.count} workers of {each} do"
+    raise UserError(f"{what} not fit the cluster, whose nodes ({resources}) hold {holding} of such; {instead}.")

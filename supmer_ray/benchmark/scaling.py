@@ -92,7 +92,8 @@ def _worker(
             seconds.append(time.perf_counter() - started)
             reduces.append(time.perf_counter() - computed)
     if rank == 0:
-        floats = prompt.numel() + sum(p.numel() for p in regularizer.parameters()) + 1 + len(found.tasks) + 2
+        # The inner rate, the figures of the tasks, and the three numbers that `reduce_sums` puts behind them.
+        floats = prompt.numel() + sum(p.numel() for p in regularizer.parameters()) + 1 + len(found.tasks) + 3
         queue.put({"seconds": median(seconds), "reduce_seconds": median(reduces), "bytes": 4 * floats})
     torch.distributed.destroy_process_group()
     # A thread of gloo may still be dropping a tensor, for which it wants the GIL; if Python is being taken down

@@ -50,10 +50,12 @@ class Corpus:
         return len(self.starts) - 1
 
     def row_tokens(self, row: int) -> np.ndarray:
+        """Token ids (n,) of a sentence."""
         return self.tokens[self.starts[row] : self.starts[row + 1]]
 
     @cached_property
     def source_rows(self) -> list[np.ndarray]:
+        """The sentences of each source."""
         return [np.flatnonzero(self.source == number) for number in range(len(SOURCES))]
 
     @cached_property

@@ -19,7 +19,7 @@ def test_a_worker_lies_on_one_node_with_its_builders(nodes, count, cpus, holding
     instead = f"lower workers.count to {holding}" if holding else "lower workers.cpus or workers.builders"
     assert str(refused.value) == (
         f"{count} workers of {cpus + 0.5} CPUs ({cpus} to train, 0.5 for each builder) do not fit the cluster, whose "
-        f"nodes ({len(nodes)} of {nodes[0]} CPUs) hold {holding} of them; {instead}."
+        f"nodes ({len(nodes)} of {nodes[0]} CPUs) hold {holding} of such; {instead}."
     )
     if holding:
         require_room(Resources(nodes), WorkersConfig(count=holding, cpus=cpus))
@@ -43,5 +43,5 @@ def test_too_few_gpus_are_said_and_not_replaced_by_cpus():
 
 def test_where_nodes_come_when_they_are_asked_for_nothing_is_refused():
     require_room(Resources((0,), grows=True), WorkersConfig(count=8))
-    with pytest.raises(UserError, match=r"\(1 of 0 CPUs\) hold 0 of them"):
+    with pytest.raises(UserError, match=r"\(1 of 0 CPUs\) hold 0 of such"):
         require_room(Resources((0,)), WorkersConfig(count=8))

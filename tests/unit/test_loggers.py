@@ -60,7 +60,9 @@ def test_mlflow(write):
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "run" and run.info.status == "FINISHED" and run.data.params["meta.steps"] == "2000"
     history = client.get_metric_history(run.info.run_id, "train/query_loss")
-    assert [(entry.step, entry.value) for entry in history] == [(1, 2.5), (2, 2.0)]
+    assert sorted((entry.step, entry.value) for entry in history) == [(1, 2.5), (2, 2.0)]
+    names = {name for row in (STEP, VALIDATION) for name, _ in figures(row)}
+    assert run.data.metrics.keys() == names and run.data.metrics["train/query_loss"] == 2.0
 
 
 @pytest.mark.slow

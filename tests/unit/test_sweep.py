@@ -143,11 +143,11 @@ def test_as_many_trials_as_fit():
     assert concurrency(sweep(concurrency=2), Resources((8,))) == 2
     with pytest.raises(UserError, match="concurrency is 2 but 1 of these trials fit"):
         concurrency(sweep(concurrency=2), two_cores)
-    with pytest.raises(UserError, match=r"^2 workers of 1\.5 CPUs .* hold 1 of them; lower workers\.count to 1"):
+    with pytest.raises(UserError, match=r"^2 workers of 1\.5 CPUs .* hold 1 of such; lower workers\.count to 1"):
         concurrency(pair, two_cores)
     with pytest.raises(UserError, match=r"^A trial needs 3\.01 CPUs, 0\.01 of them for its driver, .* has 3;"):
         concurrency(pair, Resources((3,)))
-    with pytest.raises(UserError, match=r"\(2 of 1 CPUs\) hold 0 of them; lower workers\.cpus or workers\.builders"):
+    with pytest.raises(UserError, match=r"\(2 of 1 CPUs\) hold 0 of such; lower workers\.cpus or workers\.builders"):
         concurrency(sweep(), Resources((1, 1)))
     # An autoscaler brings the nodes of as many as the sweep asks for.
     assert concurrency(sweep(concurrency=4), Resources((0,), grows=True)) == 4
