@@ -54,8 +54,9 @@ def require_writable(output: Path) -> None:
     Raises:
         UserError: a file or a folder of this name cannot be made.
     """
-    where = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
-    if output != where and not where.is_dir():
+    whole = output.absolute()
+    where = next(place for place in (whole, *whole.parents) if place.exists())
+    if whole != where and not where.is_dir():
         raise UserError(f"Cannot write into {output}: {where} is a file; name another.")
     if not os.access(where, os.W_OK):
         raise UserError(f"Cannot write into {output}: {where} may not be written to; name another.")

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from supmer_ray.data.store import read_manifest
-from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.errors import UserError, require_new_folder, require_writable
 from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside, seal, whole_folder
 
 
@@ -161,6 +161,14 @@ def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path):
         require_new_folder(tmp_path / "file" / "a" / "b", overwrite=False)
     with pytest.raises(UserError, match="is a volume"):
         require_new_folder(Path("/dev/shm"), overwrite=True)
+
+
+def test_a_file_may_be_replaced_however_its_path_is_spelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("labelled.csv").write_text("")
+    require_writable(Path("labelled.csv"))
+    with pytest.raises(UserError, match=r"Cannot write into labelled\.csv/a: .*labelled\.csv is a file"):
+        require_writable(Path("labelled.csv/a"))
 
 
 def test_an_object_store_that_does_not_answer():
