@@ -36,6 +36,14 @@ def first_line(error: BaseException) -> str:
     return shorten(text, 200, placeholder=" …").rstrip(".")
 
 
+def exists(path: Path) -> bool:
+    """`path.exists()`, and False where it would raise: in a folder that may not be entered."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+
+
 def require_path(folder: Path) -> None:
     """Refuse the URI of an object store where only a path will do: as a path it would be a folder named "s3:".
 
@@ -55,10 +63,13 @@ def require_writable(output: Path) -> None:
         UserError: a file or a folder of this name cannot be made.
     """
     whole = output.absolute()
-    where = next(place for place in (whole, *whole.parents) if place.exists())
-    if whole != where and not where.is_dir():
+    where = next(place for place in (whole, *whole.parents) if exists(place))
+    enough = os.W_OK
+    if where.is_dir():
+        enough |= os.X_OK
+    elif whole != where:
         raise UserError(f"Cannot write into {output}: {where} is a file; name another.")
-    if not os.access(where, os.W_OK):
+    if not os.access(where, enough):
         raise UserError(f"Cannot write into {output}: {where} may not be written to; name another.")
 
 
@@ -86,7 +97,7 @@ def require_new_folder(
     """
     require_path(folder)
     require_one_way(overwrite=overwrite, resume=resume)
-    if folder.exists() and not folder.is_dir():
+    if exists(folder) and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
     require_writable(folder)
     if os.path.ismount(folder):

@@ -267,7 +267,8 @@ class Place:
         try:
             yield
         except OSError as error:
-            raise UserError(f"Cannot reach {self} ({first_line(error)}); check the address and the keys.") from None
+            check = "check the address and the keys" if self.remote else "check its permissions"
+            raise UserError(f"Cannot reach {self} ({first_line(error)}); {check}.") from None
 
     @contextmanager
     def _stream(self, name: str) -> Iterator[NativeFile | None]:

@@ -89,11 +89,11 @@ def load_adapted(folder: Path) -> Adapted:
     """Read the folder and check its digest.
 
     Raises:
-        UserError: it is no adapted folder, or a file is missing or damaged.
+        UserError: it is no adapted folder, or a file is missing, damaged or not to be read.
     """
-    if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} holds no {RECORD}; name the folder that adapting a task wrote.")
     try:
+        if not (folder / RECORD).is_file():
+            raise UserError(f"{folder} holds no {RECORD}; name the folder that adapting a task wrote.")
         values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         record = build(AdaptedRecord, values, str(folder / RECORD))
         prompt = (folder / _PROMPT).read_bytes()
@@ -101,6 +101,8 @@ def load_adapted(folder: Path) -> Adapted:
         raise UserError(f"{folder / RECORD} is damaged; adapt the task again.") from None
     except FileNotFoundError:
         raise UserError(f"{folder} lacks {_PROMPT}; adapt the task again.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {error.filename} ({error.strerror}); check its permissions.") from None
     if hashlib.sha256(prompt).hexdigest() != record.prompt_sha256:
         raise UserError(f"{folder / _PROMPT} is damaged (its digest is not the recorded one); adapt the task again.")
     return Adapted(safetensors.torch.load(prompt)["prompt"], record)

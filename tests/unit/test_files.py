@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import pickle
 import subprocess
 import sys
@@ -211,3 +212,26 @@ def test_no_output_is_replaced_that_holds_an_input(tmp_path):
     require_outside(runs, {"store": [Place("s3://bucket/runs-2/store")]})
     with pytest.raises(UserError, match=r"^The store s3://bucket/runs/store lies within the output s3://bucket/runs, "):
         require_outside(runs, {"store": [Place("s3://bucket/runs/store")]})
+
+
+def test_what_lies_in_a_folder_that_may_not_be_entered_is_one_sentence(tmp_path, monkeypatch):
+    """Root may enter every folder, so the system's answers are made up."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    stat, access = os.stat, os.access
+
+    def refuse(path, *arguments, **options):
+        if closed in Path(path).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    with pytest.raises(UserError, match=r"^Cannot write into .*/closed/out: .*/closed may not be written to; name"):
+        require_new_folder(closed / "out", overwrite=False)
+    monkeypatch.undo()
+
+    place = Place.of(tmp_path / "unreadable")
+    sentence = r"^Cannot reach .*/unreadable \(.*denied\); check its permissions\.$"
+    with pytest.raises(UserError, match=sentence), place.answering():
+        raise PermissionError(errno.EACCES, "Permission denied")
