@@ -33,6 +33,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+MARKERS = {
+    "prepare": "manifest.json",
+    "train": "run.json",
+    "tune": "sweep.json",
+    "adapt": "adapted.json",
+    "evaluate": "evaluation.json",
+    "report": "index.html",
+}
+"""The file by which each verb knows its own output. Their modules name it, too, but take seconds to import."""
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output already holds.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 OutPlace = Annotated[str, typer.Option("--out", help="Folder to write, or the URI of one (s3://…).")]
@@ -65,7 +75,7 @@ def prepare(
     }
     config = build(PrepareConfig, override(values, set_ or ()), "the command line")
     place = Place.of(out)
-    require_new_place(place, overwrite=overwrite)
+    require_new_place(place, overwrite=overwrite, marker=MARKERS["prepare"])
     from supmer_ray.cluster import connect
     from supmer_ray.console import stage
     from supmer_ray.data.prepare import prepare as build_store
@@ -94,7 +104,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
-    require_new_place(Place.of(out), overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_place(Place.of(out), overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["train"])
     from supmer_ray.console import stage
     from supmer_ray.data.store import read_manifest
     from supmer_ray.train import train as run
@@ -117,7 +127,7 @@ def tune(
 ) -> None:
     """Search inner rates, task mixtures and other settings of meta-training."""
     sweep = load_sweep_config(config)
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["tune"])
     from supmer_ray.console import stage
     from supmer_ray.tune import tune as run
 
@@ -147,7 +157,7 @@ def adapt(
     overwrite: Overwrite = False,
 ) -> None:
     """Adapt a prompt to a labelled task from K examples a class."""
-    require_new_folder(out, overwrite=overwrite)
+    require_new_folder(out, overwrite=overwrite, marker=MARKERS["adapt"])
     if plain and checkpoint:
         raise UserError("--plain starts from vocabulary rows and --checkpoint from a learned prompt; give one of them.")
     from supmer_ray.console import stage
@@ -227,7 +237,7 @@ def evaluate(
         if not equals:
             raise UserError(f"--checkpoint {pair} names no method; write METHOD=FOLDER, for example supmer={pair}.")
         given[name] = Place.of(embedded.LEARNED if folder == "embedded" else folder)
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["evaluate"])
     from supmer_ray.console import stage
     from supmer_ray.evaluate import evaluate as compare
     from supmer_ray.fewshot.method import load_method
@@ -278,7 +288,7 @@ def report(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw runs and evaluations: one page for a browser, and its figures as PNG and SVG."""
-    require_new_folder(out, overwrite=overwrite)
+    require_new_folder(out, overwrite=overwrite, marker=MARKERS["report"])
     from supmer_ray.report import report as draw
 
     page = draw(folders, out, overwrite=overwrite)

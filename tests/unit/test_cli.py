@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import resource
 import shutil
 import subprocess
@@ -11,9 +12,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from supmer_ray.cli import main
+from supmer_ray.cli import MARKERS, main
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES
+from supmer_ray.data.store import MANIFEST
 from supmer_ray.errors import UserError
+from supmer_ray.fewshot.adapted import RECORD
+from supmer_ray.fewshot.plan import DESCRIPTION
+from supmer_ray.meta.run import CONFIG_FILE
+from supmer_ray.report import PAGE
+from supmer_ray.tune import SWEEP_FILE
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "meta_step.safetensors"
 
@@ -99,15 +106,38 @@ def test_configuration_mistakes(tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "kept").write_text("precious")
-    assert "--overwrite" in refused("prepare", "--source", "bbc", "--out", tmp_path)
-    message = refused("train", "--store", tmp_path, "--out", tmp_path)
-    assert "--overwrite" in message and "--resume" in message
-    assert "--overwrite" in refused("quickstart", "--out", tmp_path)
-    assert "--overwrite" in refused("adapt", "--task", "bbc-topic", "--out", tmp_path)
+    foreign = r"The output .* holds something else than this command writes \({} is missing\); name another\.$"
+    commands = {
+        "prepare": ["--source", "bbc"],
+        "train": ["--store", tmp_path],
+        "tune": ["--store", tmp_path, "--config", "tune_configs/smoke.yaml"],
+        "adapt": ["--task", "bbc-topic"],
+        "evaluate": ["--tasks", "bbc-topic"],
+        "report": [tmp_path],
+    }
+    for verb, arguments in commands.items():
+        assert re.search(foreign.format(MARKERS[verb]), refused(verb, *arguments, "--out", tmp_path))
+    assert "is not empty; choose another, or add --overwrite" in refused("quickstart", "--out", tmp_path)
+    run = tmp_path.with_name("run")
+    run.mkdir()
+    (run / MARKERS["train"]).write_text("{}")
+    message = refused("train", "--store", tmp_path, "--out", run)
+    assert "already holds a run" in message and "--overwrite" in message and "--resume" in message
     # Not even --overwrite replaces what another command, or a person, has written.
     message = refused("report", tmp_path, "--out", tmp_path, "--overwrite")
     assert "(index.html is missing), so it is not overwritten; name another" in message
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_the_verbs_know_their_outputs_by_what_their_modules_write():
+    assert MARKERS == {
+        "prepare": MANIFEST,
+        "train": CONFIG_FILE,
+        "tune": SWEEP_FILE,
+        "adapt": RECORD,
+        "evaluate": DESCRIPTION,
+        "report": PAGE,
+    }
 
 
 def test_an_evaluation_says_what_it_compares(tmp_path):

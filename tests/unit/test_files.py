@@ -85,8 +85,12 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
     place.write("x", "text")
     assert place.read("x") == "text" and place.listed() == ["x"]
     require_new_place(place, overwrite=False, resume=True)
-    with pytest.raises(UserError, match="already holds a run"):
-        require_new_place(place, overwrite=False, resume=False)
+    with pytest.raises(UserError, match=r"/run already holds a run; choose another, or add --overwrite"):
+        require_new_place(place, overwrite=False, marker="x")
+    with pytest.raises(UserError, match=r"/run is not empty; choose another, or add --overwrite to replace it or --r"):
+        require_new_place(place, overwrite=False, can_resume=True)
+    with pytest.raises(UserError, match=r"else than this command writes \(run\.json is missing\); name another\.$"):
+        require_new_place(place, overwrite=False, can_resume=True, marker="run.json")
     (place / "x").remove()
     place.remove()
     assert not (tmp_path / "run").exists()
