@@ -188,12 +188,17 @@ class Place:
 
     Attributes:
         where: the absolute path, or the URI with its keys and options.
+
+    Raises:
+        UserError: the URI is a scheme alone.
     """
 
     where: str
 
     def __post_init__(self) -> None:
         address, mark, query = self.where.partition("?")
+        if self.remote and not address.partition("://")[2].strip("/"):
+            raise UserError(f"The address {address} names no folder; write one behind it, as in s3://bucket/folder.")
         where = address.rstrip("/") + mark + query if self.remote else str(Path(self.where).absolute())
         object.__setattr__(self, "where", where)
 

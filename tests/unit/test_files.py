@@ -186,6 +186,12 @@ def test_an_object_store_that_does_not_answer():
     assert gone.glance("metrics.jsonl") is None, "who looks again soon goes on"
 
 
+@pytest.mark.parametrize("address", ["s3://", "s3:///", "gs://?endpoint_override=localhost:1", "file://"])
+def test_a_scheme_alone_is_no_address(address):
+    with pytest.raises(UserError, match=r"^The address \w+:///? names no folder; write one behind it"):
+        Place.of(address)
+
+
 def test_a_uri_is_no_path(tmp_path):
     for refuse in (
         lambda place: require_new_folder(place, overwrite=False),
