@@ -186,7 +186,6 @@ def _store(point: Point, out: Path, tell: Progress) -> Path:
     assert point.config.prepare
     folder = _store_folder(out, point)
     if not (folder / MANIFEST).is_file():
-        connect()
         config: PrepareConfig = point.config.prepare.model_copy(update={"backbone": point.config.backbone})
         prepare(config, folder, progress=tell)
     return folder
