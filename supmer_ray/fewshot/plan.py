@@ -183,7 +183,13 @@ class Plan:
         return json.loads(json.dumps(values))
 
     def read_tasks(self) -> dict[str, TaskRows]:
-        """The rows of every task of the suite, read once."""
+        """The rows of every task of the suite, read once.
+
+        Raises:
+            UserError: a task or its rows cannot be read, or there is no such data folder.
+        """
+        if self.data and not self.data.is_dir():
+            raise UserError(f"There is no folder {self.data}; name the one with the benchmarks' published files.")
         names = {name for entry in self.suite.tasks for name in (entry.train, *entry.targets)}
         definitions = {name: load_definition(name) for name in sorted(names)}
         if self.data:

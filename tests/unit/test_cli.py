@@ -70,23 +70,40 @@ import sys
 import supmer_ray.report
 from supmer_ray.cli import main
 
-for mistake in ("--suite opne", "--suite open --methods suprem", "--tasks bbc-topics"):
+for mistake in (
+    "evaluate --suite opne --out",
+    "evaluate --suite open --methods suprem --out",
+    "evaluate --tasks bbc-topics --out",
+    "adapt --task sst-3 --out",
+    "adapt --task bbc-topic --set rat=3 --out",
+    "adapt --task bbc-topic --shots 5000 --out",
+    "predict --adapted nope --input x.csv --output y.csv --overwrite --adapted",
+):
     try:
-        main(["evaluate", "--out", sys.argv[1], *mistake.split()])
+        main([*mistake.split(), sys.argv[1]])
     except SystemExit as end:
         assert end.code == 2
 print([name for name in ("torch", "ray", "transformers", "sklearn", "scipy") if name in sys.modules])
 """
 
 
-def test_a_report_and_a_mistake_in_an_evaluation_need_nothing_heavy(tmp_path):
+def test_a_report_and_a_mistake_need_nothing_heavy(tmp_path):
     done = subprocess.run([sys.executable, "-c", MISTAKEN, tmp_path / "out"], capture_output=True, text=True)
     told = done.stderr.splitlines()
-    assert [line.rpartition("; ")[2] for line in told] == [
-        "name a YAML file or a built-in suite: did you mean 'open'?",
-        "name a YAML file or a built-in method: did you mean 'supmer'?",
-        "name a YAML file or a built-in task: did you mean 'bbc-topic'?",
-    ], done.stderr
+    for line, end in zip(
+        told,
+        [
+            "name a YAML file or a built-in suite: did you mean 'open'?",
+            "name a YAML file or a built-in method: did you mean 'supmer'?",
+            "name a YAML file or a built-in task: did you mean 'bbc-topic'?",
+            "name a YAML file or a built-in task: did you mean 'sst-5'?",
+            "did you mean 'rate'?",
+            "lower the shots or add rows.",
+            "name the folder that adapting a task wrote.",
+        ],
+        strict=True,
+    ):
+        assert line.endswith(end), done.stderr
     assert done.stdout == "[]\n"
 
 
@@ -176,6 +193,63 @@ def test_a_comparison_starts_from_what_suits_its_backbone(tmp_path, monkeypatch,
     monkeypatch.setattr("supmer_ray.evaluate.evaluate", told)
     settings = [part for one in assignments for part in ("--set", one)]
     assert str(mixture) in refused("evaluate", "--tasks", "bbc-topic", "--out", tmp_path / "out", *settings)
+
+
+def test_a_setting_is_given_once(tmp_path):
+    out = ("--out", tmp_path / "out")
+    twice = r"{} and --set {}=… give the same setting; keep one of the two\."
+    tasks = ("evaluate", "--tasks", "bbc-topic", *out)
+    for command, flag, key in (
+        (("adapt", "--task", "bbc-topic", *out), "--shots", "shots"),
+        (("adapt", "--task", "bbc-topic", *out), "--steps", "steps"),
+        (("prepare", "--source", "bbc", *out), "--domains", "domains"),
+        (tasks, "--shots", "adapt.shots"),
+    ):
+        assert re.search(twice.format(flag, key), refused(*command, flag, 8, "--set", f"{key}=4"))
+    checkpoints = ("--checkpoint", "supmer=A", "--checkpoint", "supmer=B")
+    assert "--checkpoint names two for the method 'supmer'; give one" in refused(*tasks, *checkpoints)
+    assert "write METHOD=FOLDER" in refused(*tasks, "--checkpoint", "supmer=")
+    message = refused(*tasks, "--data", tmp_path / "nowhere")
+    assert re.search(r"There is no folder .*nowhere; name the one with the benchmarks' published files\.", message)
+
+
+def test_a_learned_prompt_has_its_own_length(tmp_path):
+    message = refused("adapt", "--task", "bbc-topic", "--out", tmp_path / "out", "--prompt-length", 20)
+    assert "a learned one has its own; add --plain" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (("adapt", "--task", "bbc-topic", "--out", "{}", "--checkpoint", ""), "--checkpoint"),
+        (("adapt", "--task", "bbc-topic", "--out", "{}", "--backbone="), "--backbone"),
+        (("prepare", "--source", " ", "--out", "{}"), "--source"),
+        (("train", "--store", "", "--out", "{}"), "--store"),
+        (("evaluate", "--suite", "", "--out", "{}"), "--suite"),
+        (("report", "", "--out", "{}"), "An argument"),
+    ],
+)
+def test_an_empty_value_is_none(tmp_path, command, named):
+    message = refused(*(part.format(tmp_path / "out") for part in command))
+    assert message.startswith(f"supmer: {named} is empty; write a value (is a variable of the shell unset?)")
+
+
+def test_ctrl_c_is_one_line(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("supmer_ray.doctor.describe", interrupted)
+    done = supmer("doctor")
+    assert (done.returncode, done.stderr) == (130, "supmer: stopped.\n")
+
+
+def test_inputs_are_read_before_a_cluster_is_started(tmp_path, monkeypatch):
+    def never():
+        raise AssertionError("Ray would have been started.")
+
+    monkeypatch.setattr("supmer_ray.data.prepare.connect", never)
+    assert "did you mean 'bbc'" in refused("prepare", "--source", "bbcc", "--out", tmp_path / "out")
+    assert "'hub:' names no data set" in refused("prepare", "--source", "hub:", "--out", tmp_path / "out")
 
 
 def test_inputs_that_do_not_exist(tmp_path):
