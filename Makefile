@@ -11,7 +11,9 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt) $(if $(TORCH_IN
 .PHONY: quickstart benchmark test test-faults lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("$(PYTHON) is Python %d.%d, \
+	and this needs 3.11 or 3.12; name one, as in: make $(or $(MAKECMDGOALS),quickstart) PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

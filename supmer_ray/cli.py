@@ -5,8 +5,9 @@ Torch and Ray are imported inside the verbs, so that `supmer --help` answers at 
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from supmer_ray.config import (
     whole_name,
 )
 from supmer_ray.errors import Stopped, UserError, require_new_folder
-from supmer_ray.files import Place, require_new_place, without_keys
+from supmer_ray.files import Place, read_sealed, require_new_place, without_keys
 from supmer_ray.reading import build, override
 
 app = typer.Typer(
@@ -32,6 +33,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+MARKERS = {
+    "prepare": "manifest.json",
+    "train": "run.json",
+    "tune": "sweep.json",
+    "adapt": "adapted.json",
+    "evaluate": "evaluation.json",
+    "report": "index.html",
+}
+"""The file by which each verb knows its own output. Their modules name it, too, but take seconds to import."""
+
+INTERRUPTED = 130
+"""The exit status of what Ctrl-C or SIGTERM ended."""
+
+PLAIN_ROWS = 10
+"""Rows of a prompt that `adapt` starts from vocabulary rows."""
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output already holds.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
@@ -46,31 +63,36 @@ def prepare(
         typer.Option(help="Text: files, a folder, JSONL, Parquet, CSV, a datasets folder, a catalog name; repeatable."),
     ],
     out: OutPlace,
-    backbone: Annotated[str, typer.Option(help="'embedded', a folder, or a hub name.")] = "embedded",
-    domains: Annotated[int, typer.Option(help="Domains (clusters) of each data family.")] = 250,
+    backbone: Annotated[
+        str | None, typer.Option(help="'embedded', a folder, or a hub name; unset: 'embedded'.")
+    ] = None,
+    domains: Annotated[int | None, typer.Option(help="Domains (clusters) of each data family; unset: 250.")] = None,
     max_documents: Annotated[int | None, typer.Option(help="Read at most this many documents of each source.")] = None,
-    seed: int = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of k-means and of the split into train and validation items; unset: 0.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Another setting, for example sentence_length=64.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Cut text into sentences, embed them and cluster them into domains."""
-    values = {
-        "sources": tuple(source),
-        "backbone": backbone,
-        "domains": domains,
-        "max_documents": max_documents,
-        "seed": seed,
-    }
+    values = _given(
+        {
+            "--source": ("sources", tuple(source)),
+            "--backbone": ("backbone", backbone),
+            "--domains": ("domains", domains),
+            "--max-documents": ("max_documents", max_documents),
+            "--seed": ("seed", seed),
+        },
+        set_,
+    )
     config = build(PrepareConfig, override(values, set_ or ()), "the command line")
     place = Place.of(out)
-    require_new_place(place, overwrite=overwrite)
-    from supmer_ray.cluster import connect
+    require_new_place(place, overwrite=overwrite, marker=MARKERS["prepare"])
     from supmer_ray.console import stage
     from supmer_ray.data.prepare import prepare as build_store
 
-    connect()
     with stage("Reading text", "documents") as line:
         store = build_store(config, place, overwrite=overwrite, progress=line.named)
     manifest = store.manifest
@@ -94,7 +116,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
-    require_new_place(Place.of(out), overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_place(Place.of(out), overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["train"])
     from supmer_ray.console import stage
     from supmer_ray.data.store import read_manifest
     from supmer_ray.train import train as run
@@ -117,7 +139,7 @@ def tune(
 ) -> None:
     """Search inner rates, task mixtures and other settings of meta-training."""
     sweep = load_sweep_config(config)
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["tune"])
     from supmer_ray.console import stage
     from supmer_ray.tune import tune as run
 
@@ -139,42 +161,58 @@ def adapt(
         bool, typer.Option("--plain", help="Plain prompt tuning instead: from vocabulary rows, raw gradients.")
     ] = False,
     backbone: Annotated[str | None, typer.Option(help="Unset: the checkpoint's, or 'embedded'.")] = None,
-    shots: Annotated[int, typer.Option(help="K, examples a class to train on, and as many for the dev split.")] = 16,
+    shots: Annotated[
+        int | None, typer.Option(help="K, examples a class to train on, and as many for the dev split; unset: 16.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Unset: 200; on the embedded backbone what suits it.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Data seed: which K examples, and their order.")] = 0,
-    prompt_length: Annotated[int, typer.Option(min=1, help="Rows of a prompt that starts from vocabulary rows.")] = 10,
+    prompt_length: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a prompt that starts from vocabulary rows; unset: 10.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Another setting, for example rate=0.05.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Adapt a prompt to a labelled task from K examples a class."""
-    require_new_folder(out, overwrite=overwrite)
+    require_new_folder(out, overwrite=overwrite, marker=MARKERS["adapt"])
     if plain and checkpoint:
         raise UserError("--plain starts from vocabulary rows and --checkpoint from a learned prompt; give one of them.")
-    from supmer_ray.console import stage
-    from supmer_ray.fewshot.definition import load_definition
-    from supmer_ray.fewshot.evaluate import adapt_task
-    from supmer_ray.meta.state import backbone_name, load_checkpoint
-    from supmer_ray.model.backbone import best_device, load_backbone
-
-    name = whole_name(backbone) if backbone else (backbone_name(checkpoint) if checkpoint else "embedded")
+    name = "embedded"
+    if backbone:
+        name = whole_name(backbone)
+    elif checkpoint:
+        name = read_sealed(checkpoint, "a checkpoint")["backbone"]["name"]
     if name == "embedded" and not plain:
         checkpoint = checkpoint or str(embedded.LEARNED)
-    values = embedded.settings_for(name).get("adapt", {}) | {"shots": shots}
-    if steps is not None:
-        values |= {"steps": steps}
+    if checkpoint and prompt_length is not None:
+        raise UserError(
+            "--prompt-length is for a prompt that starts from vocabulary rows, and a learned one has its own; add "
+            "--plain and leave --checkpoint out, or leave --prompt-length out."
+        )
+    values = embedded.settings_for(name).get("adapt", {})
+    values |= _given({"--shots": ("shots", shots), "--steps": ("steps", steps)}, set_)
     config = build(AdaptConfig, override(values, set_ or ()), "the command line")
+    from supmer_ray.fewshot.definition import TaskRows, load_definition
+    from supmer_ray.fewshot.sampling import draw
+
     definition = load_definition(task)
+    rows = TaskRows.of(definition)
+    draw(definition, rows.frames, config.shots, seed)  # that there are too few is told before torch is imported
+    from supmer_ray.console import stage
+    from supmer_ray.fewshot.evaluate import adapt_task
+    from supmer_ray.meta.state import load_checkpoint
+    from supmer_ray.model.backbone import best_device, load_backbone
+
     model = load_backbone(name, device=best_device())
     learned = load_checkpoint(checkpoint, model) if checkpoint else None
     with stage(f"Adapting to {definition.name}", "steps") as line:
         result = adapt_task(
             model,
-            definition,
+            rows,
             learned,
             seed,
             config,
             out,
-            prompt_length=len(learned.prompt) if learned else prompt_length,
+            prompt_length=prompt_length or PLAIN_ROWS,
             overwrite=overwrite,
             progress=_stages(
                 {"adapt": (f"Adapting to {definition.name}", "steps"), "test": ("Scoring the test split", "inputs")},
@@ -217,16 +255,21 @@ def evaluate(
     """Compare methods over tasks and data seeds; those that need meta-training get it first."""
     if (suite is None) == (tasks is None):
         raise UserError("Say what to compare on: either --suite NAME or --tasks a,b.")
-    assignments = [*(set_ or ()), *([] if shots is None else [f"adapt.shots={shots}"])]
+    flags = _given({"--shots": ("adapt.shots", shots)}, set_)
+    assignments = [*(set_ or ()), *(f"{key}={value}" for key, value in flags.items())]
     backbone = override({}, assignments).get("backbone", "embedded")
     settings = load_evaluate_config(config, assignments, embedded.settings_for(backbone))
     given = {}
     for pair in checkpoint or ():
         name, equals, folder = pair.partition("=")
-        if not equals:
-            raise UserError(f"--checkpoint {pair} names no method; write METHOD=FOLDER, for example supmer={pair}.")
+        if not equals or not folder:
+            raise UserError(
+                f"--checkpoint {pair} names no method or no folder; write METHOD=FOLDER, as in supmer=RUN/checkpoint."
+            )
+        if name in given:
+            raise UserError(f"--checkpoint names two for the method '{name}'; give one of them.")
         given[name] = Place.of(embedded.LEARNED if folder == "embedded" else folder)
-    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True)
+    require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["evaluate"])
     from supmer_ray.console import stage
     from supmer_ray.evaluate import evaluate as compare
     from supmer_ray.fewshot.method import load_method
@@ -277,7 +320,7 @@ def report(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw runs and evaluations: one page for a browser, and its figures as PNG and SVG."""
-    require_new_folder(out, overwrite=overwrite)
+    require_new_folder(out, overwrite=overwrite, marker=MARKERS["report"])
     from supmer_ray.report import report as draw
 
     page = draw(folders, out, overwrite=overwrite)
@@ -320,6 +363,37 @@ def doctor(
     examine.describe()
 
 
+def _given(flags: Mapping[str, tuple[str, Any]], assignments: Sequence[str] | None) -> dict[str, Any]:
+    """The settings that the flags give.
+
+    Args:
+        flags: flag → the key that it is short for, and its value or None.
+        assignments: what --set says.
+
+    Raises:
+        UserError: a setting is given by its flag and by --set.
+    """
+    keys = [assignment.partition("=")[0].strip() for assignment in assignments or ()]
+    for flag, (key, value) in flags.items():
+        if value is not None and key in keys:
+            raise UserError(f"{flag} and --set {key}=… give the same setting; keep one of the two.")
+    return {key: value for key, value in flags.values() if value is not None}
+
+
+def _require_values(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: an argument is empty, as an unset variable of the shell leaves it; as a path it would be the folder
+            that one is in.
+    """
+    for number, argument in enumerate(arguments):
+        before = arguments[number - 1] if number else ""
+        option = re.fullmatch(r"(--[a-z-]+)=\s*", argument)
+        if option or not argument.strip():
+            name = option[1] if option else before if before.startswith("--") else "An argument"
+            raise UserError(f"{name} is empty; write a value (is a variable of the shell unset?), or leave it out.")
+
+
 def _names(listed: str) -> list[str]:
     """The parts of "a,b,c"."""
     return [name.strip() for name in listed.split(",") if name.strip()]
@@ -337,10 +411,15 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: a verb and its options; unset: those of the process.
     """
     try:
+        _require_values(sys.argv[1:] if arguments is None else arguments)
         app(arguments)
     except UserError as error:
         print(f"supmer: {error}", file=sys.stderr)
         sys.exit(2)
-    except (Stopped, KeyboardInterrupt) as stop:
-        print(f"supmer: {str(stop) or 'stopped.'}", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:
+        print(f"supmer: {stop}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer makes this of Ctrl-C
+            print("supmer: stopped.", file=sys.stderr)
+        raise

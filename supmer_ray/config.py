@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from supmer_ray.errors import nearest
-from supmer_ray.reading import Schema, Section, assign, build, keys_at, override, read_yaml
+from supmer_ray.reading import Schema, Section, assign, build, keys_at, override, plainly, read_yaml
 
 PAPER_TASK_TYPES = ("nsp", "nss", "scsp", "scss", "scc")
 """The five self-supervised task types of the paper, in its order."""
@@ -429,8 +429,7 @@ class SweepConfig(Section):
         try:
             RunConfig.model_validate(values)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(f"space tries {key} = {value!r}: {reason}") from None
+            raise ValueError(f"space tries {key} = {value!r}: {plainly(error.errors()[0])}") from None
 
 
 def whole_name(backbone: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from textwrap import shorten
 
@@ -36,6 +36,14 @@ def first_line(error: BaseException) -> str:
     return shorten(text, 200, placeholder=" …").rstrip(".")
 
 
+def exists(path: Path) -> bool:
+    """`path.exists()`, and False where it would raise: in a folder that may not be entered."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+
+
 def require_path(folder: Path) -> None:
     """Refuse the URI of an object store where only a path will do: as a path it would be a folder named "s3:".
 
@@ -54,10 +62,14 @@ def require_writable(output: Path) -> None:
     Raises:
         UserError: a file or a folder of this name cannot be made.
     """
-    where = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
-    if output != where and not where.is_dir():
+    whole = output.absolute()
+    where = next(place for place in (whole, *whole.parents) if exists(place))
+    enough = os.W_OK
+    if where.is_dir():
+        enough |= os.X_OK
+    elif whole != where:
         raise UserError(f"Cannot write into {output}: {where} is a file; name another.")
-    if not os.access(where, os.W_OK):
+    if not os.access(where, enough):
         raise UserError(f"Cannot write into {output}: {where} may not be written to; name another.")
 
 
@@ -70,6 +82,30 @@ def require_one_way(*, overwrite: bool, resume: bool) -> None:
         raise UserError("--resume goes on with what the output holds and --overwrite deletes it; give one of the two.")
 
 
+def require_free(
+    output: str, held: Collection[str], *, overwrite: bool, resume: bool, can_resume: bool, marker: str | None
+) -> None:
+    """
+    Args:
+        held: the names of what the output holds.
+        marker: see `require_new_folder`.
+
+    Raises:
+        UserError: it is not to be replaced or gone on with, or is none to replace.
+    """
+    foreign = bool(held) and marker is not None and marker not in held
+    if foreign and not resume:
+        end = ", so it is not overwritten" if overwrite else ""
+        raise UserError(
+            f"The output {output} holds something else than this command writes ({marker} is missing){end}; name "
+            "another."
+        )
+    if held and not (overwrite or resume):
+        what = "already holds a run" if marker else "is not empty"
+        ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
+        raise UserError(f"The output {output} {what}; choose another, or add {ways}.")
+
+
 def require_new_folder(
     folder: Path, *, overwrite: bool, resume: bool = False, can_resume: bool = False, marker: str | None = None
 ) -> None:
@@ -77,7 +113,8 @@ def require_new_folder(
 
     Args:
         can_resume: whether the calling command has a `--resume` to suggest.
-        marker: a file by which the command knows its own output; what lacks it is not overwritten.
+        marker: a file by which the command knows its own output; what lacks it is neither overwritten nor called a
+            run. None: the command has none.
 
     Raises:
         UserError: both flags were given, the folder is a URI or a file, is not empty and neither flag was given, or is
@@ -85,16 +122,13 @@ def require_new_folder(
     """
     require_path(folder)
     require_one_way(overwrite=overwrite, resume=resume)
-    if folder.exists() and not folder.is_dir():
+    if exists(folder) and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
     require_writable(folder)
     if os.path.ismount(folder):
         raise UserError(f"The output {folder} is a volume, which cannot be replaced as a whole; name a folder in it.")
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
-        ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
-        raise UserError(f"The output folder {folder} already holds a run; choose another, or add {ways}.")
-    if overwrite and marker and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise UserError(
-            f"The folder {folder} holds something else than this command writes ({marker} is missing), so it is not "
-            "overwritten; name another."
-        )
+    try:
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except PermissionError:
+        raise UserError(f"Cannot look into the output {folder}; check its permissions, or name another.") from None
+    require_free(str(folder), held, overwrite=overwrite, resume=resume, can_resume=can_resume, marker=marker)

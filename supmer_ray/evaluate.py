@@ -2,8 +2,8 @@
 
 The unit of work is a cell: one method on one task with all its seeds, adapted together. Cells run as Ray
 tasks; each leaves a file when it is done, so that an evaluation that was killed goes on where it was. What is
-compared is a `Plan` (`fewshot/plan.py`); here it is run. Torch is imported by the workers alone, and Ray when the
-plan has been checked, so that a mistake is told at once.
+compared is a `Plan` (`fewshot/plan.py`); here it is run. Torch is imported when the plan has been checked, and Ray when
+its tasks could be encoded, so that a mistake is told at once and leaves nothing behind.
 
     OUT/evaluation.json     what is compared, on which rows, under which settings, from which checkpoints
     OUT/stores/, OUT/runs/  stores and meta-training runs that the methods needed and nobody gave
@@ -27,6 +27,7 @@ import pandas as pd
 
 from supmer_ray.cluster import Resources, connect
 from supmer_ray.config import Precision, PrepareConfig
+from supmer_ray.data.sources import open_source
 from supmer_ray.data.store import MANIFEST
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.fewshot.comparison import gaps, markdown, summarize
@@ -85,7 +86,7 @@ def evaluate(
         best_step, seconds, trained_parameters.
 
     Raises:
-        UserError: unusable input; what was finished before it stays in `out`.
+        UserError: unusable input; what was finished before it stays in `out`, and where nothing was, nothing does.
     """
     out = Path(out).absolute()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
@@ -96,20 +97,68 @@ def evaluate(
     if resume:
         require_same(out, description)
     plan.check(rows)
+    _require_sources(plan, out, anew=overwrite)
+    if overwrite or not all(_cell_file(out, cell).is_file() for cell in plan.cells()):
+        _require_encoders(plan, rows)
     with held(out, "an evaluation"):
         if overwrite and out.exists():
             shutil.rmtree(out)
         (out / CELLS).mkdir(parents=True, exist_ok=True)
         write_json(out / DESCRIPTION, description)
         tell = progress or (lambda title, done, total, unit: None)
-        checkpoints = {
-            (point.run_variant, method.name): _checkpoint(plan, point, method, out, tell)
-            for point in plan.points()
-            for method in plan.methods
-            if method.meta is not None
-        }
-        _run_cells(plan, rows, checkpoints, out, tell)
+        try:
+            checkpoints = {
+                (point.run_variant, method.name): _checkpoint(plan, point, method, out, tell)
+                for point in plan.points()
+                for method in plan.methods
+                if method.meta is not None
+            }
+            _run_cells(plan, rows, checkpoints, out, tell)
+        except UserError:
+            # Before anything was made: the command, mended, shall not be told that the folder is taken.
+            if not resume and [file for file in out.rglob("*") if file.is_file()] == [out / DESCRIPTION]:
+                shutil.rmtree(out)
+            raise
         return _conclude(plan, checkpoints, out)
+
+
+def _require_sources(plan: Plan, out: Path, *, anew: bool) -> None:
+    """Refuse now the text of which a store could not be made later.
+
+    Raises:
+        UserError: a source is not there or cannot be read.
+    """
+    trained = any(method.meta is not None and method.name not in plan.given for method in plan.methods)
+    made = [
+        point.config.prepare
+        for point in plan.points()
+        if trained and not plan.store and (anew or not (_store_folder(out, point) / MANIFEST).is_file())
+    ]
+    for name in {name for prepare in made if prepare for name in prepare.sources}:
+        open_source(name)
+
+
+def _require_encoders(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
+    """Refuse now the backbone, the words and the patterns that a cell could not use after hours of meta-training.
+
+    Raises:
+        UserError: as `TaskEncoder` and `load_backbone` have it.
+    """
+    from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, outline
+
+    backbone, seen = outline(plan.config.backbone), set()
+    for cell in plan.cells():
+        if cell.method.learns == "probe":  # it reads the bare texts
+            continue
+        run = cell.method.run_config(cell.point.config.run)
+        length = run.prompt.length if cell.method.learns == "prompt" else 0
+        limit = input_limit(backbone, length, cell.adapt_config().max_length)
+        for name in {cell.entry.train, *cell.entry.targets}:
+            definition = rows[name].definition
+            pattern = min(cell.point.config.pattern, len(definition.patterns) - 1)
+            if (name, limit, pattern) not in seen:
+                TaskEncoder(backbone, definition, max_length=limit, pattern=pattern)
+                seen.add((name, limit, pattern))
 
 
 def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progress) -> Place:
@@ -135,12 +184,15 @@ def _store(point: Point, out: Path, tell: Progress) -> Path:
     from supmer_ray.data.prepare import prepare
 
     assert point.config.prepare
-    folder = out / STORES / file_name("store", point.store_variant)
+    folder = _store_folder(out, point)
     if not (folder / MANIFEST).is_file():
-        connect()
         config: PrepareConfig = point.config.prepare.model_copy(update={"backbone": point.config.backbone})
         prepare(config, folder, progress=tell)
     return folder
+
+
+def _store_folder(out: Path, point: Point) -> Path:
+    return out / STORES / file_name("store", point.store_variant)
 
 
 def _run_cells(

@@ -18,7 +18,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from supmer_ray.errors import UserError, first_line, require_new_folder, require_one_way, require_path
+from supmer_ray.errors import (
+    UserError,
+    first_line,
+    require_free,
+    require_new_folder,
+    require_one_way,
+    require_path,
+)
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
@@ -181,12 +188,17 @@ class Place:
 
     Attributes:
         where: the absolute path, or the URI with its keys and options.
+
+    Raises:
+        UserError: the URI is a scheme alone.
     """
 
     where: str
 
     def __post_init__(self) -> None:
         address, mark, query = self.where.partition("?")
+        if self.remote and not address.partition("://")[2].strip("/"):
+            raise UserError(f"The address {address} names no folder; write one behind it, as in s3://bucket/folder.")
         where = address.rstrip("/") + mark + query if self.remote else str(Path(self.where).absolute())
         object.__setattr__(self, "where", where)
 
@@ -267,7 +279,8 @@ class Place:
         try:
             yield
         except OSError as error:
-            raise UserError(f"Cannot reach {self} ({first_line(error)}); check the address and the keys.") from None
+            check = "check the address and the keys" if self.remote else "check its permissions"
+            raise UserError(f"Cannot reach {self} ({first_line(error)}); {check}.") from None
 
     @contextmanager
     def _stream(self, name: str) -> Iterator[NativeFile | None]:
@@ -452,13 +465,5 @@ def require_new_place(
     if "/" not in place.filesystem()[1].strip("/"):
         raise UserError(f"{place} is a whole bucket; name a folder in it.")
     with place.answering():
-        taken = bool(place.listed())
-        ours = marker is None or (taken and place.holds(marker))
-    if taken and not (overwrite or resume):
-        ways = "--overwrite to replace it or --resume to go on" if can_resume else "--overwrite to replace it"
-        raise UserError(f"The output {place} already holds a run; choose another, or add {ways}.")
-    if taken and overwrite and not ours:
-        raise UserError(
-            f"{place} holds something else than this command writes ({marker} is missing), so it is not overwritten; "
-            "name another."
-        )
+        found = place.listed()
+    require_free(str(place), found, overwrite=overwrite, resume=resume, can_resume=can_resume, marker=marker)

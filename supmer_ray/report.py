@@ -13,13 +13,15 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
 
 from supmer_ray import figures
 from supmer_ray.config import RunConfig
@@ -113,24 +115,36 @@ def report(folders: Sequence[Where], out: Path, *, overwrite: bool = False) -> P
     return out / PAGE
 
 
+@contextmanager
+def _whole(file: Place | Path) -> Iterator[None]:
+    """While the block reads `file`, what is not as its command writes it, cut short or mixed up, is one sentence."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException):
+        raise UserError(f"{file} is damaged; use another copy of it, or leave its folder out.") from None
+
+
 def _run(place: Place, prefix: str) -> _Section:
     """The section of a meta-training run."""
-    steps = pd.DataFrame(read_rows(place, "step"))
+    metrics = place / METRICS_FILE
+    with _whole(metrics):
+        steps = pd.DataFrame(read_rows(place, "step"))
     if steps.empty:
         raise UserError(f"The run in {place} has no step to show yet; wait for its first one.")
-    validations = pd.DataFrame(
-        [
-            {"step": row["step"], "task_type": name, **found}
-            for row in read_rows(place, "validation")
-            for name, found in row["validation"].items()
-        ],
-        columns=["step", "task_type", "loss", "accuracy"],
-    )
-    with place.answering():
+    with _whole(metrics):
+        validations = pd.DataFrame(
+            [
+                {"step": row["step"], "task_type": name, **found}
+                for row in read_rows(place, "validation")
+                for name, found in row["validation"].items()
+            ],
+            columns=["step", "task_type", "loss", "accuracy"],
+        )
+        seconds = float(steps["step_seconds"].sum() + steps["data_wait_seconds"].sum())
+    with place.answering(), _whole(place / CONFIG_FILE):
         settings = json.loads(place.read(CONFIG_FILE) or "")
-    config = build(RunConfig, settings["config"], str(place / CONFIG_FILE))
+        config, store = build(RunConfig, settings["config"], str(place / CONFIG_FILE)), settings["store"]
     section = _Section(f"Run {place.name}", prefix)
-    seconds = float(steps["step_seconds"].sum() + steps["data_wait_seconds"].sum())
     section.blocks.append(
         _facts(
             {
@@ -164,7 +178,7 @@ def _run(place: Place, prefix: str) -> _Section:
             "raw support gradient.",
         )
         try:
-            opened = Store.open(settings["store"])
+            opened = Store.open(store)
         except UserError as error:
             section.blocks.append(f"<p>The domains are not drawn. {html.escape(str(error))}</p>")
         else:
@@ -186,14 +200,14 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
     """The section of an evaluation."""
     if not (folder / RESULTS).is_file():
         raise UserError(f"The evaluation in {folder} has no {RESULTS} yet; finish it with 'supmer evaluate --resume'.")
-    rows = pd.read_parquet(folder / RESULTS)
-    described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    baseline, curve = described["config"]["baseline"], described["curve"]
-    shots = "varied" if curve and curve["key"] == "adapt.shots" else str(described["config"]["adapt"]["shots"])
-    section = _Section(f"Evaluation {folder.name}", prefix)
-    section.blocks.append(
-        _facts(
-            {
+    with Place.of(folder).answering():
+        with _whole(folder / RESULTS):
+            rows = pd.read_parquet(folder / RESULTS)
+        with _whole(folder / DESCRIPTION):
+            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            baseline, curve = described["config"]["baseline"], described["curve"]
+            shots = "varied" if curve and curve["key"] == "adapt.shots" else str(described["config"]["adapt"]["shots"])
+            facts = {
                 "suite": described["suite"]["name"],
                 "tasks": str(rows["train"].nunique()),
                 "methods": str(rows["method"].nunique()),
@@ -201,8 +215,8 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
                 "K": shots,
                 "backbone": Path(described["config"]["backbone"]).name,
             }
-        )
-    )
+    section = _Section(f"Evaluation {folder.name}", prefix)
+    section.blocks.append(_facts(facts))
 
     at = f" At {rows['point'].iloc[-1]}." if curve else ""
     with figures.style(prefix):

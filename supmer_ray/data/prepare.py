@@ -24,6 +24,7 @@ import ray
 from ray.data import DataContext
 from ray.exceptions import RayActorError, RayTaskError
 
+from supmer_ray.cluster import connect
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data.domains import cluster, empty_family
 from supmer_ray.data.embed import STRETCH, Embedder, Stretch, Vectors, stretch_rows
@@ -75,7 +76,7 @@ NOUNS = {"nsp": "pairs of neighbouring sentences", "nss": "sentences with two be
 
 
 def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progress: Progress | None = None) -> Store:
-    """Build a store from text, on the Ray cluster that this process is connected to.
+    """Build a store from text, on the Ray cluster that is there, which is joined when the sources could be read.
 
     The result depends on the sources, the backbone, the number of domains, the lengths and the seed, and
     on nothing else: neither the number of workers nor how the text is spread over files' blocks.
@@ -96,6 +97,7 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
         backbone_there = [Place.of(config.backbone)] if Path(config.backbone).is_dir() else []
         require_outside(place, {"source": filter(None, map(place_of, config.sources)), "backbone": backbone_there})
     sources = [open_source(name) for name in config.sources]
+    connect()
     _embedding_workers(config.embedders)
     backbone, words = _get(_describe.remote(config.backbone))
 

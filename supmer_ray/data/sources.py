@@ -100,6 +100,8 @@ def _pieces(source: str) -> Iterator[Piece]:
         yield CatalogDocuments(name)
     else:
         dataset, _, configuration = name.removeprefix("hub:").partition("@")
+        if not dataset:
+            raise UserError(f"The source '{name}' names no data set; write hub:NAME or hub:NAME@CONFIGURATION.")
         yield HubRows(dataset, configuration or None, column)
 
 

@@ -11,7 +11,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.registry import home
+from supmer_ray.errors import exists
+from supmer_ray.registry import home, writable_home
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 """What was trained, as shipped."""
@@ -27,12 +28,13 @@ def resolve(name: str) -> str:
     """ "embedded" → the assembled folder in the cache, built on the first call; any other name as it is.
 
     Raises:
-        UserError: the encoder's archive cannot be fetched.
+        UserError: the encoder's archive cannot be fetched, or nothing can be written into the cache.
     """
     if name != "embedded":
         return name
     folder = home() / f"embedded-{hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]}"
-    if not folder.is_dir():
+    if not exists(folder):
+        writable_home()
         from supmer_ray.embedded.assemble import assemble
 
         assemble(WEIGHTS, folder)

@@ -56,6 +56,8 @@ def assemble(weights: Path, folder: Path) -> None:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
         building.chmod(0o755)
+        for file in building.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone, and a cache may be shared
         building.rename(folder)
     except OSError:
         if not folder.is_dir():

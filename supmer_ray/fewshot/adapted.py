@@ -2,7 +2,7 @@
 
 `prompt.safetensors` holds θ; `adapted.json` holds the whole task definition, the backbone's identity,
 the settings and how well it did, and the prompt's digest. `predict` turns a file of rows into the
-same rows with a label and its probability.
+same rows with a label and its probability. Torch is imported when the rows and the folder have been checked.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
-import safetensors
-import safetensors.torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from supmer_ray.config import AdaptConfig
 from supmer_ray.errors import UserError, require_new_folder, require_path, require_writable
-from supmer_ray.fewshot.adapt import Progress, score
 from supmer_ray.fewshot.definition import TaskDefinition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
 from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
 from supmer_ray.files import whole_folder
-from supmer_ray.model.backbone import Backbone, best_device, load_backbone
 from supmer_ray.reading import build
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from supmer_ray.fewshot.adapt import Progress
+    from supmer_ray.model.backbone import Backbone
 
 PREDICTED, PROBABILITY = "predicted_label", "probability"
 """The columns that `predict` adds."""
@@ -77,6 +77,8 @@ def save_adapted(adapted: Adapted, folder: Path, *, overwrite: bool = False) -> 
     Raises:
         UserError: it holds something already and `overwrite` is false.
     """
+    import safetensors.torch
+
     require_new_folder(folder, overwrite=overwrite, marker=RECORD)
     prompt = safetensors.torch.save({"prompt": adapted.prompt.float().contiguous().cpu()})
     record = adapted.record.model_copy(update={"prompt_sha256": hashlib.sha256(prompt).hexdigest()})
@@ -85,15 +87,15 @@ def save_adapted(adapted: Adapted, folder: Path, *, overwrite: bool = False) -> 
         (partial / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapted(folder: Path) -> Adapted:
-    """Read the folder and check its digest.
+def _read(folder: Path) -> tuple[AdaptedRecord, bytes]:
+    """The record, and the prompt's file after its digest was found right.
 
     Raises:
-        UserError: it is no adapted folder, or a file is missing or damaged.
+        UserError: it is no adapted folder, or a file is missing, damaged or not to be read.
     """
-    if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} holds no {RECORD}; name the folder that adapting a task wrote.")
     try:
+        if not (folder / RECORD).is_file():
+            raise UserError(f"{folder} holds no {RECORD}; name the folder that adapting a task wrote.")
         values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         record = build(AdaptedRecord, values, str(folder / RECORD))
         prompt = (folder / _PROMPT).read_bytes()
@@ -101,8 +103,25 @@ def load_adapted(folder: Path) -> Adapted:
         raise UserError(f"{folder / RECORD} is damaged; adapt the task again.") from None
     except FileNotFoundError:
         raise UserError(f"{folder} lacks {_PROMPT}; adapt the task again.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {error.filename} ({error.strerror}); check its permissions.") from None
     if hashlib.sha256(prompt).hexdigest() != record.prompt_sha256:
         raise UserError(f"{folder / _PROMPT} is damaged (its digest is not the recorded one); adapt the task again.")
+    return record, prompt
+
+
+def load_adapted(folder: Path) -> Adapted:
+    """Read the folder and check its digest.
+
+    Raises:
+        UserError: as `_read` has it.
+    """
+    return _adapted(*_read(folder))
+
+
+def _adapted(record: AdaptedRecord, prompt: bytes) -> Adapted:
+    import safetensors.torch
+
     return Adapted(safetensors.torch.load(prompt)["prompt"], record)
 
 
@@ -149,13 +168,17 @@ def predict(
         raise UserError(f"The output {output_file} is a folder; name a file.")
     if output_file.exists() and not overwrite:
         raise UserError(f"The output {output_file} exists; choose another name, or add --overwrite to replace it.")
-    adapted = load_adapted(adapted_folder)
-    record = adapted.record
+    record, prompt = _read(adapted_folder)
     frame = read_table(input_file)
     require_columns(frame, record.definition.texts, str(input_file))
     for column in (PREDICTED, PROBABILITY):
         if column in frame.columns:
             raise UserError(f"{input_file} already has a column '{column}'; rename it, the prediction goes there.")
+    from supmer_ray.fewshot.adapt import score
+    from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
+    from supmer_ray.model.backbone import best_device, load_backbone
+
+    adapted = _adapted(record, prompt)
     backbone = backbone or load_backbone(record.backbone, device=best_device())
     require_backbone(adapted, backbone)
     limit = input_limit(backbone, len(adapted.prompt), record.config.max_length)

@@ -417,7 +417,9 @@ def _anchored(definition: TaskDefinition, folder: Path) -> TaskDefinition:
 
 def _read_dataset(source: DatasetSplits, label: str) -> dict[str, tuple[pd.DataFrame, str]]:
     import datasets
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # it tells of every retry before the one sentence that counts
     folder = Path(source.name)
     try:
         if (folder / "dataset_dict.json").is_file():

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import scipy.special
+import torch
+from huggingface_hub.errors import HTTPError
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from supmer_ray.errors import UserError
+from supmer_ray.embedded import resolve
+from supmer_ray.errors import UserError, first_line
 from supmer_ray.fewshot.definition import (
     CANDIDATE,
     MASK,
@@ -25,7 +29,8 @@ from supmer_ray.fewshot.definition import (
     field_texts,
     pattern_parts,
 )
-from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.backbone import Backbone, look_at_the_hub
+from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.formats import shortened
@@ -92,6 +97,26 @@ def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
             f"'{backbone.name}'; use a shorter prompt or another backbone."
         )
     return min(max_length, left)
+
+
+def outline(name: str) -> Backbone:
+    """A backbone with its tokenizer and without its weights: enough to see whether tasks can be encoded for it.
+
+    Raises:
+        UserError: there is no such folder, or the hub could not be reached or has no such model.
+    """
+    place = resolve(name)
+    try:
+        look_at_the_hub(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(place))
+    except (OSError, ValueError, HTTPError) as error:
+        raise UserError(
+            f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
+            "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."
+        ) from None
+    return Backbone(model, tokenizer, name, LibraryForward(model))
 
 
 class TaskEncoder:

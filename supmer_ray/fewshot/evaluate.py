@@ -250,7 +250,7 @@ def _probes(
 
 def adapt_task(
     backbone: Backbone,
-    definition: TaskDefinition,
+    task: TaskRows,
     checkpoint: Checkpoint | None,
     seed: int,
     config: AdaptConfig,
@@ -260,13 +260,18 @@ def adapt_task(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AdaptResult:
-    """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`."""
+    """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`.
+
+    Args:
+        prompt_length: rows of a prompt that starts from vocabulary rows.
+    """
+    definition = task.definition
     require_new_folder(out, overwrite=overwrite, marker=RECORD)
     if overwrite:
         require_outside(Place.of(out), {"file of the task": map(Place.of, definition.data.places())})
     rows = len(checkpoint.prompt) if checkpoint else prompt_length
     encoder = _encoder(backbone, definition, input_limit(backbone, rows, config.max_length), 0)
-    drawn = draw(definition, definition.read(), config.shots, seed, config.max_test)
+    drawn = draw(definition, task.frames, config.shots, seed, config.max_test)
     [run] = _runs(backbone, encoder, [drawn], [seed], checkpoint, rows)
     [result] = adapt(backbone, [replace(run, test=encoder.split(drawn.test))], config, progress=progress)
     record = AdaptedRecord(

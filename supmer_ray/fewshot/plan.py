@@ -125,7 +125,8 @@ class Plan:
             label = f"{key.split('.', 1)[1]} = {_shown(value)}"
             if key.startswith("prepare.") and (self.config.prepare is None or self.store):
                 raise UserError(
-                    f"The {where} makes a store for each value; write --set prepare.sources=[…] and leave --store out."
+                    f"The {where} makes a store for each value; write --set 'prepare.sources=[…]' and leave --store "
+                    "out."
                 )
             config = changed(self.config, {key: value}, where)
             run = "" if key.startswith("adapt.") else label
@@ -183,7 +184,13 @@ class Plan:
         return json.loads(json.dumps(values))
 
     def read_tasks(self) -> dict[str, TaskRows]:
-        """The rows of every task of the suite, read once."""
+        """The rows of every task of the suite, read once.
+
+        Raises:
+            UserError: a task or its rows cannot be read, or there is no such data folder.
+        """
+        if self.data and not self.data.is_dir():
+            raise UserError(f"There is no folder {self.data}; name the one with the benchmarks' published files.")
         names = {name for entry in self.suite.tasks for name in (entry.train, *entry.targets)}
         definitions = {name: load_definition(name) for name in sorted(names)}
         if self.data:
@@ -232,7 +239,7 @@ class Plan:
             if self.store is None and point.config.prepare is None:
                 raise UserError(
                     f"Method '{method.name}' needs meta-training; give a store (--store), its checkpoint "
-                    f"(--checkpoint {method.name}=RUN/checkpoint), or sources (--set prepare.sources=[…])."
+                    f"(--checkpoint {method.name}=RUN/checkpoint), or sources (--set 'prepare.sources=[…]')."
                 )
             if self.store:
                 require_domains(Store.open(self.store), config.tasks.types)

@@ -236,8 +236,3 @@ def _tensors(place: Place, name: str) -> dict[str, Tensor]:
     if content is None:
         raise UserError(f"{place} is not whole: {name} is missing; use another copy of it.")
     return load(content)
-
-
-def backbone_name(where: Where) -> str:
-    """The name of the backbone that a checkpoint was made for."""
-    return read_sealed(where, "a checkpoint")["backbone"]["name"]

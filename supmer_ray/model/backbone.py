@@ -270,7 +270,7 @@ def load_backbone(
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     place = resolve(name)
     try:
-        _look_at_the_hub(place)
+        look_at_the_hub(place)
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, HTTPError) as error:
@@ -281,7 +281,7 @@ def load_backbone(
     return Backbone(model.to(device), tokenizer, name)
 
 
-def _look_at_the_hub(place: str) -> None:
+def look_at_the_hub(place: str) -> None:
     """Ask the hub once for a model that is neither a folder nor in the cache.
 
     Otherwise transformers would tell of ten attempts, for the better part of a minute, before it says that the hub

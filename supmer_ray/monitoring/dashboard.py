@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, require_path, require_writable
 from supmer_ray.files import write_json
 
 DIRECTORY_VARIABLE = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"
@@ -111,7 +111,7 @@ def write_dashboard(folder: Path | None = None) -> Path:
         folder: unset: that of the running cluster's Grafana configuration on this machine.
 
     Raises:
-        UserError: no cluster has run on this machine, so nothing would look there.
+        UserError: no cluster has run on this machine, so nothing would look there, or the folder cannot be written.
     """
     if folder is None:
         named = os.environ.get(DIRECTORY_VARIABLE)
@@ -122,6 +122,8 @@ def write_dashboard(folder: Path | None = None) -> Path:
                 f"Ray's Grafana configuration is not at {folder}; run this on the head node after 'ray start --head', "
                 f"or name a folder with --out."
             )
+    require_path(folder)
     target = folder / "supmer_grafana_dashboard.json"
+    require_writable(target)
     write_json(target, make_dashboard())
     return target

@@ -13,8 +13,7 @@ from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, Store, read_manifest
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.evaluate import evaluate
-from supmer_ray.files import Place
-from supmer_ray.meta.state import backbone_name
+from supmer_ray.files import Place, read_sealed
 from supmer_ray.report import report
 from supmer_ray.train import train
 
@@ -98,17 +97,17 @@ def test_a_run_in_an_object_store_is_read_where_it_lies(compared, plan, bucket, 
     object_ = {"Bucket": "runs", "Key": "team/first/checkpoint/prompt.safetensors"}
     bucket.client.put_object(**object_, Body=b"damaged")
     with pytest.raises(UserError, match=r"^s3://runs/team/first/checkpoint/prompt\.safetensors is damaged"):
-        backbone_name(checkpoint)
+        read_sealed(checkpoint, "a checkpoint")
     bucket.client.delete_object(**object_)
     with pytest.raises(UserError, match=r"^s3://runs/team/first/checkpoint is not whole: prompt\.safetensors is miss"):
-        backbone_name(checkpoint)
+        read_sealed(checkpoint, "a checkpoint")
     with pytest.raises(UserError, match=r"^s3://runs/team/store is neither a run \(run\.json, metrics\.jsonl\) nor"):
         report([bucket.store], tmp_path / "other")
     nowhere = bucket.uri.replace("@runs/", "@none/")
     with pytest.raises(UserError, match=r"^s3://none/team/first is neither a run"):
         report([nowhere], tmp_path / "other")
     with pytest.raises(UserError, match=r"^(Cannot reach )?s3://none/team/first "):
-        backbone_name(nowhere)
+        read_sealed(nowhere, "a checkpoint")
     assert not (tmp_path / "other").exists()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import resource
 import shutil
 import subprocess
@@ -11,9 +12,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from supmer_ray.cli import main
+from supmer_ray.cli import MARKERS, main
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES
+from supmer_ray.data.store import MANIFEST
 from supmer_ray.errors import UserError
+from supmer_ray.fewshot.adapted import RECORD
+from supmer_ray.fewshot.plan import DESCRIPTION
+from supmer_ray.meta.run import CONFIG_FILE
+from supmer_ray.report import PAGE
+from supmer_ray.tune import SWEEP_FILE
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "meta_step.safetensors"
 
@@ -63,23 +70,40 @@ import sys
 import supmer_ray.report
 from supmer_ray.cli import main
 
-for mistake in ("--suite opne", "--suite open --methods suprem", "--tasks bbc-topics"):
+for mistake in (
+    "evaluate --suite opne --out",
+    "evaluate --suite open --methods suprem --out",
+    "evaluate --tasks bbc-topics --out",
+    "adapt --task sst-3 --out",
+    "adapt --task bbc-topic --set rat=3 --out",
+    "adapt --task bbc-topic --shots 5000 --out",
+    "predict --adapted nope --input x.csv --output y.csv --overwrite --adapted",
+):
     try:
-        main(["evaluate", "--out", sys.argv[1], *mistake.split()])
+        main([*mistake.split(), sys.argv[1]])
     except SystemExit as end:
         assert end.code == 2
 print([name for name in ("torch", "ray", "transformers", "sklearn", "scipy") if name in sys.modules])
 """
 
 
-def test_a_report_and_a_mistake_in_an_evaluation_need_nothing_heavy(tmp_path):
+def test_a_report_and_a_mistake_need_nothing_heavy(tmp_path):
     done = subprocess.run([sys.executable, "-c", MISTAKEN, tmp_path / "out"], capture_output=True, text=True)
     told = done.stderr.splitlines()
-    assert [line.rpartition("; ")[2] for line in told] == [
-        "name a YAML file or a built-in suite: did you mean 'open'?",
-        "name a YAML file or a built-in method: did you mean 'supmer'?",
-        "name a YAML file or a built-in task: did you mean 'bbc-topic'?",
-    ], done.stderr
+    for line, end in zip(
+        told,
+        [
+            "name a YAML file or a built-in suite: did you mean 'open'?",
+            "name a YAML file or a built-in method: did you mean 'supmer'?",
+            "name a YAML file or a built-in task: did you mean 'bbc-topic'?",
+            "name a YAML file or a built-in task: did you mean 'sst-5'?",
+            "did you mean 'rate'?",
+            "lower the shots or add rows.",
+            "name the folder that adapting a task wrote.",
+        ],
+        strict=True,
+    ):
+        assert line.endswith(end), done.stderr
     assert done.stdout == "[]\n"
 
 
@@ -99,15 +123,38 @@ def test_configuration_mistakes(tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "kept").write_text("precious")
-    assert "--overwrite" in refused("prepare", "--source", "bbc", "--out", tmp_path)
-    message = refused("train", "--store", tmp_path, "--out", tmp_path)
-    assert "--overwrite" in message and "--resume" in message
-    assert "--overwrite" in refused("quickstart", "--out", tmp_path)
-    assert "--overwrite" in refused("adapt", "--task", "bbc-topic", "--out", tmp_path)
+    foreign = r"The output .* holds something else than this command writes \({} is missing\); name another\.$"
+    commands = {
+        "prepare": ["--source", "bbc"],
+        "train": ["--store", tmp_path],
+        "tune": ["--store", tmp_path, "--config", "tune_configs/smoke.yaml"],
+        "adapt": ["--task", "bbc-topic"],
+        "evaluate": ["--tasks", "bbc-topic"],
+        "report": [tmp_path],
+    }
+    for verb, arguments in commands.items():
+        assert re.search(foreign.format(MARKERS[verb]), refused(verb, *arguments, "--out", tmp_path))
+    assert "is not empty; choose another, or add --overwrite" in refused("quickstart", "--out", tmp_path)
+    run = tmp_path.with_name("run")
+    run.mkdir()
+    (run / MARKERS["train"]).write_text("{}")
+    message = refused("train", "--store", tmp_path, "--out", run)
+    assert "already holds a run" in message and "--overwrite" in message and "--resume" in message
     # Not even --overwrite replaces what another command, or a person, has written.
     message = refused("report", tmp_path, "--out", tmp_path, "--overwrite")
     assert "(index.html is missing), so it is not overwritten; name another" in message
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_the_verbs_know_their_outputs_by_what_their_modules_write():
+    assert MARKERS == {
+        "prepare": MANIFEST,
+        "train": CONFIG_FILE,
+        "tune": SWEEP_FILE,
+        "adapt": RECORD,
+        "evaluate": DESCRIPTION,
+        "report": PAGE,
+    }
 
 
 def test_an_evaluation_says_what_it_compares(tmp_path):
@@ -146,6 +193,63 @@ def test_a_comparison_starts_from_what_suits_its_backbone(tmp_path, monkeypatch,
     monkeypatch.setattr("supmer_ray.evaluate.evaluate", told)
     settings = [part for one in assignments for part in ("--set", one)]
     assert str(mixture) in refused("evaluate", "--tasks", "bbc-topic", "--out", tmp_path / "out", *settings)
+
+
+def test_a_setting_is_given_once(tmp_path):
+    out = ("--out", tmp_path / "out")
+    twice = r"{} and --set {}=… give the same setting; keep one of the two\."
+    tasks = ("evaluate", "--tasks", "bbc-topic", *out)
+    for command, flag, key in (
+        (("adapt", "--task", "bbc-topic", *out), "--shots", "shots"),
+        (("adapt", "--task", "bbc-topic", *out), "--steps", "steps"),
+        (("prepare", "--source", "bbc", *out), "--domains", "domains"),
+        (tasks, "--shots", "adapt.shots"),
+    ):
+        assert re.search(twice.format(flag, key), refused(*command, flag, 8, "--set", f"{key}=4"))
+    checkpoints = ("--checkpoint", "supmer=A", "--checkpoint", "supmer=B")
+    assert "--checkpoint names two for the method 'supmer'; give one" in refused(*tasks, *checkpoints)
+    assert "write METHOD=FOLDER" in refused(*tasks, "--checkpoint", "supmer=")
+    message = refused(*tasks, "--data", tmp_path / "nowhere")
+    assert re.search(r"There is no folder .*nowhere; name the one with the benchmarks' published files\.", message)
+
+
+def test_a_learned_prompt_has_its_own_length(tmp_path):
+    message = refused("adapt", "--task", "bbc-topic", "--out", tmp_path / "out", "--prompt-length", 20)
+    assert "a learned one has its own; add --plain" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (("adapt", "--task", "bbc-topic", "--out", "{}", "--checkpoint", ""), "--checkpoint"),
+        (("adapt", "--task", "bbc-topic", "--out", "{}", "--backbone="), "--backbone"),
+        (("prepare", "--source", " ", "--out", "{}"), "--source"),
+        (("train", "--store", "", "--out", "{}"), "--store"),
+        (("evaluate", "--suite", "", "--out", "{}"), "--suite"),
+        (("report", "", "--out", "{}"), "An argument"),
+    ],
+)
+def test_an_empty_value_is_none(tmp_path, command, named):
+    message = refused(*(part.format(tmp_path / "out") for part in command))
+    assert message.startswith(f"supmer: {named} is empty; write a value (is a variable of the shell unset?)")
+
+
+def test_ctrl_c_is_one_line(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("supmer_ray.doctor.describe", interrupted)
+    done = supmer("doctor")
+    assert (done.returncode, done.stderr) == (130, "supmer: stopped.\n")
+
+
+def test_inputs_are_read_before_a_cluster_is_started(tmp_path, monkeypatch):
+    def never():
+        raise AssertionError("Ray would have been started.")
+
+    monkeypatch.setattr("supmer_ray.data.prepare.connect", never)
+    assert "did you mean 'bbc'" in refused("prepare", "--source", "bbcc", "--out", tmp_path / "out")
+    assert "'hub:' names no data set" in refused("prepare", "--source", "hub:", "--out", tmp_path / "out")
 
 
 def test_inputs_that_do_not_exist(tmp_path):

@@ -5,6 +5,9 @@ import pytest
 from supmer_ray.config import (
     TASK_TYPES,
     AdaptConfig,
+    DimensionConfig,
+    EvaluateConfig,
+    PrepareConfig,
     RunConfig,
     SweepConfig,
     TasksConfig,
@@ -58,6 +61,30 @@ def test_one_sentence_for_each_mistake(assignment, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         load_run_config(None, [assignment])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "values", "sentence"),
+    [
+        (PrepareConfig, {"sources": "bbc"}, "value for 'sources' in here: write a list, as in [a, b], not 'bbc'."),
+        (PrepareConfig, {"sources": []}, "value for 'sources' in here: write at least 1, not []."),
+        (PrepareConfig, {"sources": [3]}, "'sources.0' in here: write a text, in quotes where it is a number, a date"),
+        (RunConfig, {"tasks": 3}, "'tasks' in here: write keys with their values, as in {key: value}, not 3."),
+        (RunConfig, {"tasks": {"mixture": 3}}, "'tasks.mixture' in here: write keys with their values"),
+        (RunConfig, {"meta": {"steps": 0}}, "'meta.steps' in here: it should be greater than or equal to 1, not 0."),
+        (DimensionConfig, {"uniform": [1, 2, 3]}, "'uniform' in here: write at most 2, not [1, 2, 3]."),
+        (DimensionConfig, {"uniform": [1]}, "Missing value 2 of 'uniform' in here; write it."),
+        (EvaluateConfig, {"rate": 3}, "Unknown key 'rate' in here; did you mean 'adapt.rate'?"),
+        (EvaluateConfig, {"steps": 3}, "Unknown key 'steps' in here; did you mean 'adapt.steps' or 'run.meta.steps'?"),
+        (EvaluateConfig, {"meta": {"steps": 3}}, "Unknown key 'meta' in here; did you mean 'run.meta'?"),
+        (RunConfig, {"prompt_rate": 0.1}, "Unknown key 'prompt_rate' in here; did you mean 'meta.prompt_rate'?"),
+        (RunConfig, {"seed": {"promt": 1}}, "value for 'seed' in here: it should be a valid integer"),
+    ],
+)
+def test_what_to_write_is_said_plainly(schema, values, sentence):
+    with pytest.raises(UserError) as caught:
+        build(schema, values, "here")
+    assert sentence in str(caught.value)
 
 
 def test_rates_must_fit_the_inner_steps():

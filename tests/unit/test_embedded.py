@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from supmer_ray.config import EvaluateConfig
-from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, resolve, settings_for, words
+from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, assemble, resolve, settings_for, words
 from supmer_ray.embedded.assemble import load_encoder, tuned_layers
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
 from supmer_ray.errors import UserError
@@ -55,6 +55,25 @@ def test_the_prompt_that_ships_was_learned_on_the_backbone_and_by_the_settings_t
     assert checkpoint.config.meta == settings.run.meta
     assert checkpoint.config.tasks == settings.run.tasks
     assert "200 meta-steps" in (LEARNED / "CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_shared_cache_serves_other_users(monkeypatch, tmp_path):
+    monkeypatch.setattr(assemble, "load_encoder", lambda: (None, Saved("tokenizer.json")))
+    monkeypatch.setattr(assemble, "new_model", lambda encoder, tokenizer: Saved("model.safetensors"))
+    monkeypatch.setattr(assemble, "load_own", lambda model, state: None)
+    assemble.assemble(WEIGHTS, tmp_path / "embedded")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "embedded", *tmp_path.glob("embedded/*")]}
+    assert modes == {"embedded": 0o755, "model.safetensors": 0o644, "tokenizer.json": 0o644}
+
+
+class Saved:
+    """A model or tokenizer that is written for its owner alone, as safetensors writes."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def save_pretrained(self, folder):
+        (folder / self.name).touch(mode=0o600)
 
 
 def test_folder_loads_with_the_auto_classes(folder):

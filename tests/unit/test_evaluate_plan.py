@@ -171,6 +171,43 @@ def test_settings_that_contradict_are_refused(own_task, tmp_path, methods, chang
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("task", "changes", "sentence"),
+    [
+        ({"verbalizers": {"0": "newspaper", "1": "newspaper"}}, {}, r"'newspaper' \(label '1'\) .*same token"),
+        ({"patterns": ["{text} {mask}" + " so" * 60]}, {"adapt": {"shots": 1, "max_length": 40}}, "leaves no room"),
+        ({}, {"backbone": "{tmp}/empty"}, r"Cannot load the backbone '.*empty'"),
+        ({}, {"prepare": {"sources": ["bbcc"]}}, r"catalog source 'bbcc'; did you mean 'bbc'"),
+    ],
+    ids=["words", "pattern", "backbone", "source"],
+)
+def test_what_a_cell_or_a_store_would_refuse_is_refused_before_any_work(own_task, tmp_path, task, changes, sentence):
+    (tmp_path / "empty").mkdir()
+    changes = {"adapt": {"shots": 1}} | changes
+    if "backbone" in changes:
+        changes["backbone"] = changes["backbone"].format(tmp=tmp_path)
+    plan = make_plan(own_task(**task), methods=["supmer", "zero-shot"], **{"prepare": {"sources": ["bbc"]}} | changes)
+    with pytest.raises(UserError, match=sentence):
+        evaluate(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_that_is_refused_before_any_work_leaves_nothing(own_task, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("Too few CPUs.")
+
+    monkeypatch.setattr("supmer_ray.evaluate.connect", refuse)
+    plan, out = make_plan(own_task(), adapt={"shots": 1}), tmp_path / "out"
+    with pytest.raises(UserError, match="Too few CPUs"):
+        evaluate(plan, out)
+    assert not out.exists()
+    out.mkdir()
+    (out / DESCRIPTION).write_text(json.dumps(plan.description(plan.read_tasks())))
+    with pytest.raises(UserError, match="Too few CPUs"):
+        evaluate(plan, out, resume=True)
+    assert (out / DESCRIPTION).is_file()
+
+
 def test_a_checkpoint_is_of_the_method_that_it_is_given_for(own_task, tmp_path):
     ten = {"prompt": {"length": 10}}
     plan = make_plan(own_task(), methods=["supmer", "no-psi"], adapt={"shots": 1}, run=ten)
@@ -285,5 +322,5 @@ def test_cells_that_run_beside_one_that_fails_are_kept(own_task, tmp_path, run_c
 
 def test_as_many_cells_are_under_way_as_the_cluster_has_room_for():
     assert _fitting(Resources((4.0, 3.0)), 2, gpu=False) == 3
-    assert _fitting(Resources((8.0,), gpus=2.0), 1, gpu=True) == 2
-    assert _fitting(Resources((1.0,), gpus=2.0), 1, gpu=True) == 1
+    assert _fitting(Resources((8.0,), node_gpus=(2.0,)), 1, gpu=True) == 2
+    assert _fitting(Resources((1.0,), node_gpus=(2.0,)), 1, gpu=True) == 1

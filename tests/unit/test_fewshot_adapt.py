@@ -281,6 +281,22 @@ def adapted(folder, tmp_path_factory) -> Path:
     return place
 
 
+def test_what_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "adapted.json").write_text("{}")
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(
+        UserError, match=r"^Cannot read .*adapted\.json \(Permission denied\); check its permissions\.$"
+    ):
+        load_adapted(tmp_path)
+    monkeypatch.setattr(Path, "is_file", refuse)  # of a folder that may not be entered
+    with pytest.raises(UserError, match=r"^Cannot read .*adapted\.json \(Permission denied\)"):
+        load_adapted(tmp_path)
+
+
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_predict_keeps_rows_and_order(adapted, tmp_path, ending):
     table = pd.DataFrame(

@@ -10,6 +10,7 @@ import datasets
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub.utils import logging
 
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot import builtin
@@ -242,3 +243,17 @@ def test_an_unreachable_hub_is_one_sentence():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "UserError: Cannot read the data set 'nyu-mll/glue'" in done.stderr.splitlines()[-1]
     assert "give the rows as files" in done.stderr.splitlines()[-1]
+
+
+def test_the_hub_s_client_is_silent_about_its_retries(monkeypatch):
+    logging.set_verbosity_warning()
+    said = []
+
+    def unreachable(*_):
+        said.append(logging.get_verbosity())
+        raise ConnectionError("no hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"Cannot read the data set 'nyu-mll/glue' \(no hub\)"):
+        load_definition("sst-2").read()
+    assert said == [logging.ERROR]

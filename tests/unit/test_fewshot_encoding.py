@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import TaskDefinition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities, outline
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.formats import shortened
@@ -177,3 +177,14 @@ def test_a_candidate_that_a_row_lacks_is_neither_trained_on_nor_predicted(backbo
     assert split.examples_of(np.array([1, 0])).tolist() == [3, 4, 0, 2]
     with pytest.raises(UserError, match=r"Row 3 has no candidate \(one, two, three are empty\)"):
         encoder.split(frame)
+
+
+@pytest.mark.parametrize("make", [make_tiny_t5, make_tiny_bart])
+def test_an_outline_encodes_as_the_backbone_does(tmp_path, make):
+    folder = str(make(tmp_path, [TEXT] * 20))
+    whole, without_weights = load_backbone(folder), outline(folder)
+    assert without_weights.device.type == "meta" and without_weights.max_positions == whole.max_positions
+    rows = pd.DataFrame([["the film", "was great"]], columns=["a", "b"])
+    one, other = (TaskEncoder(backbone, definition(), max_length=40) for backbone in (whole, without_weights))
+    assert ids_of(one.inputs(rows), 0) == ids_of(other.inputs(rows), 0)
+    assert one.verbalizer_ids.tolist() == other.verbalizer_ids.tolist()

@@ -96,11 +96,10 @@ def test_a_prompt_starts_from_the_vocabulary_rows_that_were_asked_for(backbone, 
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_record_says_whether_psi_was_applied(backbone, mood, tmp_path, monkeypatch, enabled):
-    monkeypatch.setattr(TaskDefinition, "read", lambda self: mood.frames)
+def test_a_record_says_whether_psi_was_applied(backbone, mood, tmp_path, enabled):
     config = RunConfig.model_validate({"regularizer": {"enabled": enabled}})
     start = Checkpoint(vocabulary_prompt(backbone, 3, 7), make_regularizer(config, 32), config, {})
-    adapt_task(backbone, mood.definition, start, 0, CONFIG, tmp_path / "out", prompt_length=3)
+    adapt_task(backbone, mood, start, 0, CONFIG, tmp_path / "out", prompt_length=3)
     assert json.loads((tmp_path / "out" / "adapted.json").read_text())["regularized"] == enabled
 
 

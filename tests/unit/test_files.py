@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from supmer_ray.data.store import read_manifest
-from supmer_ray.errors import UserError, require_new_folder
+from supmer_ray.errors import UserError, require_new_folder, require_writable
 from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside, seal, whole_folder
 
 
@@ -84,8 +85,12 @@ def test_places_on_paths_and_in_object_stores(tmp_path):
     place.write("x", "text")
     assert place.read("x") == "text" and place.listed() == ["x"]
     require_new_place(place, overwrite=False, resume=True)
-    with pytest.raises(UserError, match="already holds a run"):
-        require_new_place(place, overwrite=False, resume=False)
+    with pytest.raises(UserError, match=r"/run already holds a run; choose another, or add --overwrite"):
+        require_new_place(place, overwrite=False, marker="x")
+    with pytest.raises(UserError, match=r"/run is not empty; choose another, or add --overwrite to replace it or --r"):
+        require_new_place(place, overwrite=False, can_resume=True)
+    with pytest.raises(UserError, match=r"else than this command writes \(run\.json is missing\); name another\.$"):
+        require_new_place(place, overwrite=False, can_resume=True, marker="run.json")
     (place / "x").remove()
     place.remove()
     assert not (tmp_path / "run").exists()
@@ -163,6 +168,14 @@ def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path):
         require_new_folder(Path("/dev/shm"), overwrite=True)
 
 
+def test_a_file_may_be_replaced_however_its_path_is_spelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("labelled.csv").write_text("")
+    require_writable(Path("labelled.csv"))
+    with pytest.raises(UserError, match=r"Cannot write into labelled\.csv/a: .*labelled\.csv is a file"):
+        require_writable(Path("labelled.csv/a"))
+
+
 def test_an_object_store_that_does_not_answer():
     gone = Place("s3://KEY:SECRET@bucket/run?endpoint_override=localhost:1&scheme=http&region=us-east-1")
     with pytest.raises(UserError, match=r"^Cannot reach s3://bucket/run \(") as refused:
@@ -171,6 +184,12 @@ def test_an_object_store_that_does_not_answer():
     with pytest.raises(OSError, match="localhost"):
         gone.read("metrics.jsonl")
     assert gone.glance("metrics.jsonl") is None, "who looks again soon goes on"
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///", "gs://?endpoint_override=localhost:1", "file://"])
+def test_a_scheme_alone_is_no_address(address):
+    with pytest.raises(UserError, match=r"^The address \w+:///? names no folder; write one behind it"):
+        Place.of(address)
 
 
 def test_a_uri_is_no_path(tmp_path):
@@ -203,3 +222,26 @@ def test_no_output_is_replaced_that_holds_an_input(tmp_path):
     require_outside(runs, {"store": [Place("s3://bucket/runs-2/store")]})
     with pytest.raises(UserError, match=r"^The store s3://bucket/runs/store lies within the output s3://bucket/runs, "):
         require_outside(runs, {"store": [Place("s3://bucket/runs/store")]})
+
+
+def test_what_lies_in_a_folder_that_may_not_be_entered_is_one_sentence(tmp_path, monkeypatch):
+    """Root may enter every folder, so the system's answers are made up."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    stat, access = os.stat, os.access
+
+    def refuse(path, *arguments, **options):
+        if closed in Path(path).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    with pytest.raises(UserError, match=r"^Cannot write into .*/closed/out: .*/closed may not be written to; name"):
+        require_new_folder(closed / "out", overwrite=False)
+    monkeypatch.undo()
+
+    place = Place.of(tmp_path / "unreadable")
+    sentence = r"^Cannot reach .*/unreadable \(.*denied\); check its permissions\.$"
+    with pytest.raises(UserError, match=sentence), place.answering():
+        raise PermissionError(errno.EACCES, "Permission denied")

