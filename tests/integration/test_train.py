@@ -22,6 +22,12 @@ from supmer_ray.tasks.stream import ShardSource, stream_shards
 from supmer_ray.train import train
 
 
+@pytest.fixture
+def close_by(monkeypatch):
+    """The driver looks at the rows so often that it sees a step before the next ones are over."""
+    monkeypatch.setattr("supmer_ray.train.FOLLOW_SECONDS", 0.02)
+
+
 def test_the_meta_loss_falls_on_validation_tasks_of_every_type(undisturbed):
     before, after = (row["validation"] for row in rows_of(undisturbed.metrics, "validation"))
     assert before.keys() == set(PAPER_TASK_TYPES)
@@ -38,7 +44,9 @@ def test_every_step_is_recorded_once_with_its_metrics(undisturbed):
     assert sorted(path.suffix for path in undisturbed.checkpoint.iterdir()) == [".json"] * 2 + [".safetensors"] * 3
 
 
-def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_kill(undisturbed, tiny_store, tmp_path):
+def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_kill(
+    close_by, undisturbed, tiny_store, tmp_path
+):
     """The newest snapshot and Ray Train's note of it are cut short: the one before is used, and the log says so. On the
     way from there a worker is killed again, and Ray Train restarts it.
     """
@@ -183,14 +191,17 @@ def test_a_run_that_waits_for_room_says_so(tiny_store, tmp_path):
             assert not rows
             ray.cancel(holder, force=True)
 
-    train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "run", progress=progress)
+    try:
+        train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "run", progress=progress)
+    finally:
+        ray.cancel(holder, force=True)  # or all later tests have half a CPU, for ten minutes
     assert [row["text"] for row in said] == [
         "The run waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
     ]
     assert rows[-1]["step"] == 12
 
 
-def test_builders_lie_beside_their_worker_and_take_what_it_has_reserved(tiny_store, tmp_path):
+def test_builders_lie_beside_their_worker_and_take_what_it_has_reserved(close_by, tiny_store, tmp_path):
     """While a run goes on, what it has reserved is all that it takes: two CPUs hold it and half a CPU of others."""
     found = []
 
