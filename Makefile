@@ -31,7 +31,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --max-worker-restart=0 --cov --cov-report=term --durations=25
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --max-worker-restart=0 --maxfail=8 --cov --cov-report=term --durations=25
 
 # Kills, full disks, nodes that leave, long sweeps, and the loggers that are extras: half an hour on two cores.
 test-faults: $(VENV)/installed

@@ -11,6 +11,9 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test asks for more threads: those that wait for each other must sleep. They spin otherwise, and beside another
+# busy process they took the cores from those that they waited for: steps were ten times slower on two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_ADDRESS"] = "local"
 settings.register_profile("supmer", deadline=None)
 settings.load_profile("supmer")
@@ -18,11 +21,17 @@ settings.load_profile("supmer")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With several processes, all tests that want Ray share one of them and its cluster; the others run beside it."""
+    """With several processes, all tests that share a cluster run in one of them, and the others beside it.
+
+    Those of the whole way start clusters of their own, in processes of their own. Both kinds take longest and come
+    first, as they are found; by their number of tests (xdist's own order) the whole way would come last, alone.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class RayInOne(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "ray" if nodeid.startswith(("tests/integration/", "tests/e2e/")) else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder in ("tests/e2e", "tests/integration") else file
 
     return RayInOne(config, log)

@@ -71,11 +71,15 @@ def bucket():
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A cluster of two CPUs on this machine, whatever the machine has."""
-    # Metrics reach the node's port every second, not every ten.
-    reporting = {"metrics_report_interval_ms": 1000}
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=reporting)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Metrics reach the node's port every second, not every ten, and are dropped there after two. The environment
+        # tells the dashboard's agent, to which Ray's `_system_config` is not passed on; that tells this process, which
+        # has read the environment when Ray was imported.
+        reporting = {"metrics_report_interval_ms": 1000}
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=reporting)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

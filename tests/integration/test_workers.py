@@ -1,6 +1,7 @@
 """Two real worker processes over gloo find the gradients that one worker finds."""
 
 import os
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -40,7 +41,9 @@ def mean_gradients(store_path, step, rank, workers, token_budget):
 
 
 def meet(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    patience = timedelta(seconds=120)  # gloo's own is half an hour, longer than a test may take
+    where = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=patience)
 
 
 def worker(rank, store_path, folder):

@@ -142,6 +142,23 @@ def test_together_equals_one_after_the_other(backbone, runs):
         assert [evaluation.step for evaluation in result.evaluations] == [0, 4, 6]
 
 
+def test_a_step_is_adamw_on_the_regularized_gradient_clipped(backbone, runs):
+    """Written out, one run after the other; the second one's regularizer is no identity."""
+    config = AdaptConfig(shots=4, steps=4, batch=4, rate=0.1, evaluate_every=4, clip=0.05, weight_decay=0.3)
+    for run, result in zip(runs[:2], adapt(backbone, runs[:2], config), strict=True):
+        theta = torch.nn.Parameter(run.prompt[None].clone())
+        optimizer = torch.optim.AdamW([theta], lr=config.rate, weight_decay=config.weight_decay)
+        pool, batches, losses = _Pool([run.train.examples]), training_batches(run, config.batch), []
+        for _ in range(config.steps):
+            gradient, embedding, loss = run_gradients(backbone, theta, pool, [next(batches)], token_budget=1 << 20)
+            losses.append(loss.item())
+            update = run.regularizer(gradient, embedding)[0].detach()
+            assert update.norm() > config.clip
+            theta.grad = update * config.clip / update.norm()
+            optimizer.step()
+        assert result.losses.tolist() == pytest.approx(losses, rel=1e-4)
+
+
 def test_the_best_step_counts_step_0_and_the_prompt_is_that_steps(backbone, runs):
     results = adapt(backbone, runs, CONFIG)
     for run, result in zip(runs, results, strict=True):

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back to the last bit, and what is damaged or foreign is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_resumed_state_goes_on_bit_for_bit(backbone, tmp_path, settings):
         assert torch.equal(one, other)
 
 
-def test_rates_decay_to_zero_and_groups_are_clipped_for_themselves(backbone):
+def test_rates_decay_to_zero(backbone):
     state = MetaState.fresh(load_run_config(None, [*SETTINGS, "meta.prompt_rate=0.5"]), backbone)
     assert state.inner_rates().tolist() == [0.5]
     advance(state, 5)
@@ -77,6 +78,32 @@ def test_rates_decay_to_zero_and_groups_are_clipped_for_themselves(backbone):
     assert state.remaining == 0
     advance(state, 1)
     assert torch.equal(before, state.prompt)
+
+
+def test_an_update_is_adam_on_each_group_clipped_for_itself_at_rates_that_decay(backbone):
+    """Written out: once the prompt's gradient alone is long, once φ's."""
+    settings = [*SETTINGS, "meta.clip=0.5", "meta.prompt_rate=0.3", "meta.regularizer_rate=0.01"]
+    state = MetaState.fresh(load_run_config(None, settings), backbone)
+    groups = [
+        ([torch.nn.Parameter(parameter.detach().clone()) for parameter in group], rate)
+        for group, rate in (([state.prompt], 0.3), (list(state.regularizer.parameters()), 0.01))
+    ]
+    optimizers = [torch.optim.Adam(group, lr=rate) for group, rate in groups]
+    for step, scales in enumerate([(1e-3, 1e-6), (7.0, 1e-6), (1e-3, 1.0), (1e-3, 1e-6)]):
+        raw = gradients(state, step)
+        prompt, phi = raw.prompt * scales[0], [gradient * scales[1] for gradient in raw.regularizer]
+        found = replace(raw, prompt=prompt, regularizer=phi)
+        state.apply(found, state.gradient_norms(found))
+        state.progress.step += 1
+        for (group, rate), optimizer, own in zip(groups, optimizers, ([prompt], phi), strict=True):
+            norm = torch.cat([gradient.flatten() for gradient in own]).norm()
+            for parameter, gradient in zip(group, own, strict=True):
+                parameter.grad = gradient * (0.5 / norm).clamp(max=1.0)
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / 10)  # of meta.steps=10
+            optimizer.step()
+        for (group, _), own in zip(groups, ([state.prompt], state.regularizer.parameters()), strict=True):
+            for wanted, parameter in zip(group, own, strict=True):
+                torch.testing.assert_close(parameter, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_learned_inner_rates_move_against_their_gradient(backbone):
