@@ -131,7 +131,7 @@ def test_refusals_come_before_any_work(plan, tmp_path):
     twice = replace(plan(["zero-shot"]), suite=Suite.model_validate({"name": "s", "tasks": ["bbc-topic", "bbc-topic"]}))
     refused(r"Two entries of the comparison have the name 'bbc-topic'", twice)
     curve = Curve(name="c", key="prepare.domains", values=(3, 4))
-    refused(r"makes a store for each value; write --set prepare.sources", plan(["supmer"], curve=curve))
+    refused(r"makes a store for each value; write --set 'prepare.sources=", plan(["supmer"], curve=curve))
     curve = Curve(name="c", key="adapt.shotz", values=(3, 4))
     refused(r"Unknown key 'adapt.shotz' in curve 'c'; did you mean 'shots'", plan(["zero-shot"], curve=curve))
     refused(r"holds no evaluation to resume", plan(["zero-shot"]), resume=True)
