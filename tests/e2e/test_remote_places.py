@@ -25,7 +25,7 @@ def texts():
 @pytest.fixture
 def bucket(texts):
     """The address of a folder of .txt files on an S3-compatible server."""
-    server = ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     keys = {"aws_access_key_id": "reader", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
@@ -71,6 +71,7 @@ def test_prepare_reads_every_remote_place(bucket, google, hub, texts, tmp_path):
         "AWS_DEFAULT_REGION": "us-east-1",
         "HF_ENDPOINT": hub,
         "HF_HOME": str(tmp_path / "hub-cache"),
+        "HF_HUB_OFFLINE": "0",
     }
     sources = (
         "s3://news/articles",

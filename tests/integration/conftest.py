@@ -54,11 +54,11 @@ class Bucket:
 
 @pytest.fixture
 def bucket():
-    server = ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     # Servers of one process share what they hold.
-    urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/reset", data=b"").close()
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
     keys = {"aws_access_key_id": "writer", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
     client.create_bucket(Bucket="runs")

@@ -160,7 +160,7 @@ def test_a_node_that_does_not_see_the_backbone_says_so(ray_cluster, tmp_path):
     [problem] = table["problem"].to_pylist()
     assert "A node of the cluster cannot load the tokenizer of" in problem and "every node sees it" in problem
     embedder = ray.remote(Embedder).remote(Place.of(tmp_path), str(tmp_path / "no"), False)
-    with pytest.raises(UserError, match="no"):
+    with pytest.raises(UserError, match=rf"^Cannot load the backbone '{tmp_path}/no' \(.+\); name a folder with "):
         module._get(embedder.load.remote())
 
 

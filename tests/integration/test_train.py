@@ -47,7 +47,7 @@ def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_ki
     close_by, undisturbed, tiny_store, tmp_path
 ):
     """The newest snapshot and Ray Train's note of it are cut short: the one before is used, and the log says so. On the
-    way from there a worker is killed again, and Ray Train restarts it.
+    way from there a worker is killed again, and Ray Train restarts it. Two builders feed it as one did.
     """
     out = tmp_path / "stopped"
 
@@ -75,7 +75,8 @@ def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_ki
         if row["kind"] == "step" and row["step"] == reached + 1 and not killed:
             killed.extend(kill_workers())
 
-    result = train(load_run_config(None, SETTINGS), tiny_store, out, resume=True, progress=kill)
+    again = load_run_config(None, [*SETTINGS, "workers.builders=2"])
+    result = train(again, tiny_store, out, resume=True, progress=kill)
     assert killed
     told = [row["text"] for row in said if row["kind"] == "notice"]
     assert any(
@@ -122,7 +123,9 @@ def poor_store(ray_cluster, tiny_t5, tmp_path):
 
 def test_what_cannot_run_is_refused_before_anything_is_written(undisturbed, tiny_store, poor_store, tmp_path):
     out = tmp_path / "refused"
-    with pytest.raises(UserError, match="CPUs"):
+    with pytest.raises(
+        UserError, match=r"of 64\.5 CPUs .* do not fit the cluster, whose nodes \(1 of 2 CPUs.*\) hold 0"
+    ):
         train(load_run_config(None, ["workers.cpus=64"]), tiny_store, out)
     with pytest.raises(UserError, match="holds no run to resume"):
         train(load_run_config(None, SETTINGS), tiny_store, tmp_path, resume=True)
@@ -130,7 +133,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(undisturbed, tiny
         train(load_run_config(None, SETTINGS), tmp_path / "nowhere", out)
     with pytest.raises(UserError, match="already holds a run"):
         train(load_run_config(None, SETTINGS), tiny_store, undisturbed.checkpoint.parent)
-    with pytest.raises(UserError, match="'prompt'"):
+    with pytest.raises(UserError, match="was started with other values under 'prompt'"):
         train(
             load_run_config(None, [*SETTINGS, "prompt.length=7"]),
             tiny_store,
@@ -163,9 +166,14 @@ def test_a_store_of_the_embedded_backbone_brings_the_settings_that_suit_it(tiny_
     for where in (store, tiny_store):
         with pytest.raises(SystemExit):
             main(["train", "--store", str(where), "--out", str(tmp_path / "run"), "--set", "meta.steps=7"])
-    small, paper = seen
+    # A file stands in their place, for all that it does not say as well.
+    (tmp_path / "own.yaml").write_text("meta: {steps: 5}")
+    with pytest.raises(SystemExit):
+        main(["train", "--store", str(store), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "own.yaml")])
+    small, paper, own = seen
     assert set(small.tasks.types) == {"nsp", "scsp"} and small.meta.prompt_rate == 0.01 and small.meta.steps == 7
     assert set(paper.tasks.types) == set(PAPER_TASK_TYPES) and paper.meta.prompt_rate == 0.1 and paper.meta.steps == 7
+    assert own == load_run_config(None, ["meta.steps=5"])
 
 
 def test_what_a_builder_refuses_is_its_sentence(ray_cluster, tiny_t5, tmp_path):

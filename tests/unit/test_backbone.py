@@ -1,5 +1,6 @@
 """Loading frozen models: what they are told apart by, where an answer goes, and what is refused."""
 
+import json
 import sys
 import time
 
@@ -33,6 +34,16 @@ def test_a_t5_answers_at_its_sentinels(folder):
     assert (backbone.prefix, backbone.suffix) == ([], [backbone.tokenizer.eos_token_id])
     assert backbone.max_positions is None
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+def test_a_backbone_with_nothing_to_put_an_answer_at_is_refused(tmp_path):
+    folder = make_tiny_bart(tmp_path, TEXTS)
+    assert load_backbone(str(folder)).sentinel is not None
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["mask_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=rf"^The tokenizer of '{folder}' has neither <extra_id_0> nor a mask token"):
+        load_backbone(str(folder))
 
 
 def test_a_backbone_that_has_embedded_sentences_still_gives_gradients(folder):

@@ -30,10 +30,7 @@ def test_defaults_are_the_papers():
     [
         ("meta.stpes=3", r"Unknown key 'meta\.stpes' in the command line; did you mean 'steps'\?"),
         ("promt=1", r"Unknown key 'promt' in the command line; did you mean 'prompt'\?"),
-        (
-            "meta.curriculum.mm=2",
-            r"Unknown key 'meta\.curriculum\.mm'.*curriculum|Unknown key.*known are|did you mean 'm'",
-        ),
+        ("meta.curriculum.mm=2", r"Unknown key 'meta\.curriculum\.mm' in the command line; did you mean 'm'\?"),
         ("meta.steps=-1", r"'meta\.steps'.*greater than or equal to 1, not -1"),
         ("meta.steps=many", r"'meta\.steps'.*not 'many'"),
         ("meta.order=third", r"'meta\.order'.*'first' or 'second'"),
@@ -45,7 +42,7 @@ def test_defaults_are_the_papers():
         ("meta.inner_rate=many", r"Impossible value for 'meta\.inner_rate' in .*, not 'many'"),
         ("seed=2026-99-99", r"'2026-99-99' is not a YAML value"),
         ("meta.learn_inner_rates=true", r"learn_inner_rates needs a starting inner_rate"),
-        ("workers.count=3", r"tasks must divide|must divide evenly"),
+        ("workers.count=3", r"workers\.count is 3; the tasks of a step must divide evenly over the workers"),
         ("prompt.length", r"has no '='"),
         ("seed.x.y=1", r"Impossible value for 'seed'"),
         ("meta.steps.x=1", r"Impossible value for 'meta\.steps'"),

@@ -22,6 +22,7 @@ from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import load_curve, load_suite
 from supmer_ray.meta.state import Checkpoint, make_regularizer
 from supmer_ray.model.backbone import load_backbone
+from supmer_ray.model.prompted import micro_batches
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
 
 NOUNS = ["film", "story", "day", "rain", "house", "river", "bread", "song", "road", "light"]
@@ -147,6 +148,22 @@ def test_full_fine_tuning_tunes_a_copy(backbone, mood):
     ]
     right = [values[np.arange(len(train)), train.answers].mean() for values in probabilities]
     assert right[1] > 0.9 > right[0]
+
+
+def test_full_fine_tuning_is_the_same_in_micro_batches_of_any_size(backbone, mood):
+    """Every example counts alike, in whichever it stands."""
+    texts = ["film " * (1 + number % 5) + KINDS[number % 2][number % 5] for number in range(8)]
+    frame = pd.DataFrame({"text": texts, "label": ["good", "bad"] * 4})
+    encoder = TaskEncoder(backbone, mood.definition, max_length=100)
+    split = encoder.split(frame)
+    budget = 3 * int(split.examples.lengths.max())
+    parts = micro_batches(split.examples.lengths, 0, budget)
+    assert len(parts[0]) == 3 and len({len(part) for part in parts}) > 1
+    run = AdaptRun(split, split, encoder.verbalizer_ids, 0, torch.zeros(0, 32), IdentityRegularizer())
+    config = AdaptConfig(shots=4, steps=3, batch=8, rate=0.003, evaluate_every=3)
+    (_, whole), (_, parted) = (finetune(backbone, run, config, token_budget=most) for most in (1 << 20, budget))
+    assert whole.step == parted.step == 3
+    assert parted.loss == pytest.approx(whole.loss, rel=1e-4)
 
 
 def test_a_probe_draws_a_line_between_the_words(backbone, mood):

@@ -59,7 +59,7 @@ def differences(found, wanted):
     return [float((own - other).norm() / other.norm()) for own, other in zip(found, wanted, strict=True)]
 
 
-def test_float32_is_within_1e_5_of_the_plain_library_step(model, work):
+def test_float32_is_within_2e_6_of_the_plain_library_step(model, work):
     """And its θ is as close to float64 as that of the plain step: what is left is rounding, on both sides.
 
     Against float64, φ is left out: where rounding flips a relu of ψ, both float32 steps are off, mostly alike.
@@ -69,9 +69,9 @@ def test_float32_is_within_1e_5_of_the_plain_library_step(model, work):
     ours = gradients(backbone_of(model, torch.float32), work, torch.float32, plain=False)
     prompt, regularizer = differences(ours, plain)
     # Where a relu of ψ stands at its kink, rounding decides, and not alike on all processors: it moves φ by 2.4e-4.
-    assert prompt < 1e-5 and regularizer < 1e-3
-    assert differences(ours, exact)[0] < 1e-5
-    assert differences(plain, exact)[0] < 1e-5
+    assert prompt < 2e-6 and regularizer < 1e-3
+    assert differences(ours, exact)[0] < 2e-6
+    assert differences(plain, exact)[0] < 2e-6
 
 
 def test_bfloat16_is_within_1e_2_of_float32_on_the_same_weights(model, work):

@@ -67,7 +67,8 @@ def test_mlflow(write):
 
 @pytest.mark.slow
 def test_wandb_stays_offline(write, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")  # so that what the logger sets is taken back
+    monkeypatch.delenv("WANDB_MODE")
     folder = write("wandb")
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     text = file.read_bytes()
