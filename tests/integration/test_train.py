@@ -124,7 +124,7 @@ def poor_store(ray_cluster, tiny_t5, tmp_path):
 def test_what_cannot_run_is_refused_before_anything_is_written(undisturbed, tiny_store, poor_store, tmp_path):
     out = tmp_path / "refused"
     with pytest.raises(
-        UserError, match=r"of 64\.5 CPUs .* do not fit the cluster, whose nodes \(1 of 2 CPUs.*\) hold 0"
+        UserError, match=r"of 64\.5 CPUs .* does not fit the cluster, whose nodes \(1 of 2 CPUs.*\) hold 0"
     ):
         train(load_run_config(None, ["workers.cpus=64"]), tiny_store, out)
     with pytest.raises(UserError, match="holds no run to resume"):
