@@ -36,13 +36,14 @@ def read_rows(run: Where, kind: str) -> list[dict[str, Any]]:
 
 
 def add_notice(run: Place, text: str) -> None:
-    """Add a sentence for the user to a run's rows, while no worker writes them."""
-    line = json.dumps({"kind": "notice", "step": 0, "text": text}) + "\n"
-    if run.remote:
-        run.write(METRICS_FILE, (run.read(METRICS_FILE) or "") + line)
-        return
-    with (run.local / METRICS_FILE).open("a", encoding="utf-8") as stream:
-        stream.write(line)
+    """Add a sentence for the user to a run's rows, while no worker writes them.
+
+    A row that its worker has not finished goes: behind half a line, no reader would find the sentence.
+    """
+    rows = run.read(METRICS_FILE) or ""
+    whole = rows[: rows.rfind("\n") + 1]
+    notice = json.dumps({"kind": "notice", "step": 0, "text": text})
+    run.write(METRICS_FILE, f"{whole}{notice}\n")
 
 
 class MetricsLog:
