@@ -94,8 +94,7 @@ def prepare(
     from supmer_ray.data.prepare import prepare as build_store
 
     with stage("Reading text", "documents") as line:
-        store = build_store(config, place, overwrite=overwrite, progress=line.named)
-    manifest = store.manifest
+        manifest = build_store(config, place, overwrite=overwrite, progress=line.named)
     print(f"{place}: {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} tokens")
     for name, family in manifest.families.items():
         print(f"  {name}: {family.items:,} items in {family.domains} domains")

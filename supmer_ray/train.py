@@ -23,7 +23,7 @@ from typing import Any
 
 from supmer_ray.cluster import connect, require_room, reserved_cpus, waits_for_room
 from supmer_ray.config import RunConfig, WorkersConfig
-from supmer_ray.data.store import Store
+from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE
@@ -86,7 +86,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; what was learned until then is kept for `resume`.
     """
     place, store = Place(str(out)), Place.of(store).resolved
-    opened = Store.open(store)
+    opened = Outline.open(store)
     require_domains(opened, config.tasks.types)
     require_new_place(place, overwrite=overwrite, resume=resume, can_resume=True, marker=CONFIG_FILE)
     require_loggers(config.monitoring.loggers, place)

@@ -23,7 +23,7 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from supmer_ray.cluster import Resources, connect, require_room, reserved_cpus
 from supmer_ray.config import RunConfig, SweepConfig
-from supmer_ray.data.store import Store
+from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, require_new_folder
 from supmer_ray.files import Place, Where, held, require_outside, whole_file, write_json
 from supmer_ray.monitoring.loggers import require_loggers
@@ -77,7 +77,7 @@ def tune(
     """
     out, store = out.resolve(), Place.of(store).resolved
     objective = make_objective(config.objective)
-    opened = Store.open(store)
+    opened = Outline.open(store)
     types = validation_types(config, opened)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=SWEEP_FILE)
     settings = {

@@ -112,9 +112,9 @@ def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[di
         config = PrepareConfig(sources=("bbc",), domains=8, max_documents=documents)
         with tempfile.TemporaryDirectory() as folder, peak_memory_of_all() as peak:
             started = time.perf_counter()
-            store = prepare(config, Path(folder) / "store")
+            manifest = prepare(config, Path(folder) / "store")
             seconds = time.perf_counter() - started
-        tokens = store.manifest.tokens
+        tokens = manifest.tokens
         rows.append({"documents": documents, "tokens": tokens, "seconds": seconds, "peak_bytes": peak[0]})
         say(
             f"prepare: {documents:,} documents, {tokens:,} tokens in {seconds:.1f} s, "

@@ -1,6 +1,6 @@
 """The way from text to a store, over a Ray cluster.
 
-A `PrepareConfig` flows in and a `Store` flows out. Documents stream through Ray Data into the sentence
+A `PrepareConfig` flows in and a store flows out. Documents stream through Ray Data into the sentence
 table, its rows stream through embedding actors into files of vectors, and one task a family sorts those
 into domains. The table is the driver's alone, which sees one batch of it at a time; the vectors lie beside
 the output, a path or an object store, where on several nodes all of them have to reach it.
@@ -39,7 +39,6 @@ from supmer_ray.data.store import (
     Manifest,
     Sentences,
     SentenceWriter,
-    Store,
     count_items,
     family_record,
     file_records,
@@ -75,7 +74,9 @@ MOST_CPU_EMBEDDERS = 8
 NOUNS = {"nsp": "pairs of neighbouring sentences", "nss": "sentences with two before them", "ss": "sentences"}
 
 
-def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progress: Progress | None = None) -> Store:
+def prepare(
+    config: PrepareConfig, out: Where, *, overwrite: bool = False, progress: Progress | None = None
+) -> Manifest:
     """Build a store from text, on the Ray cluster that is there, which is joined when the sources could be read.
 
     The result depends on the sources, the backbone, the number of domains, the lengths and the seed, and
@@ -86,6 +87,9 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
         overwrite: replace a store that stands at `out`.
         progress: told of every batch: stages "Cutting sentences" (in documents, total unknown),
             "Embedding sentences" and "Finding domains" (in families).
+
+    Returns:
+        What the store holds.
 
     Raises:
         UserError: something to be mended in the configuration or the text. Nothing is left at `out` then.
@@ -122,7 +126,7 @@ def prepare(config: PrepareConfig, out: Where, *, overwrite: bool = False, progr
             files=file_records(folder),
         )
         write_manifest(folder, manifest)
-    return Store.open(place)
+    return manifest
 
 
 def _embedding_workers(asked: int | None) -> tuple[int, dict[str, int]]:

@@ -28,12 +28,12 @@ import numpy as np
 import pyarrow as pa
 from pyarrow.fs import copy_files
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.errors import UserError, first_line
 from supmer_ray.files import Place, Where, held, sha256, whole_folder
-from supmer_ray.registry import home
+from supmer_ray.registry import writable_home
 
 SCHEMA_VERSION = 2
 ITEM = {"nsp": (1, 3), "nss": (2, 4), "ss": (0, 1)}
@@ -108,24 +108,18 @@ class Manifest(_Record):
 
 
 @dataclass(frozen=True)
-class Family:
-    """The items of one data family, by domain.
-
-    An item is the row of its first sentence: a sentence (ss), a pair of neighbours i, i + 1 of a document
-    of at least three sentences (nsp: two would leave none that is not a neighbour), or a context i, i + 1
-    whose follower i + 2 belongs to the same document of at least four sentences (nss).
+class FamilyOutline:
+    """The domains of one data family and how many items each has, without the items.
 
     Attributes:
         centroids: (domains, d) float32, mean embedding of each domain's items.
-        items: (items,) int64 sentence rows, domain by domain.
-        starts: (domains + 1,) where each domain's items start in `items`.
+        starts: (domains + 1,) where each domain's items start among the family's.
         train_ends: (domains,) where its train items end and its validation items start.
         keywords: (domains, words) int32 token ids of the words that are most a domain's own, −1 where it has fewer;
             no words in the families of pairs.
     """
 
     centroids: np.ndarray
-    items: np.ndarray
     starts: np.ndarray
     train_ends: np.ndarray
     keywords: np.ndarray
@@ -134,13 +128,8 @@ class Family:
     def domains(self) -> int:
         return len(self.centroids)
 
-    def rows(self, domain: int, split: str) -> np.ndarray:
-        """Sentence rows (n,) int64 of a domain's items in `split`, "train" or "validation"."""
-        starts, ends = self._bounds(split)
-        return self.items[starts[domain] : ends[domain]]
-
     def usable(self, split: str, minimum: int) -> np.ndarray:
-        """The numbers of the domains that have at least `minimum` items in `split`."""
+        """The numbers of the domains that have at least `minimum` items in `split`, "train" or "validation"."""
         starts, ends = self._bounds(split)
         return np.flatnonzero(ends - starts >= minimum)
 
@@ -150,6 +139,26 @@ class Family:
         if split == "validation":
             return self.train_ends, self.starts[1:]
         raise ValueError(f"split '{split}' is neither 'train' nor 'validation'")
+
+
+@dataclass(frozen=True)
+class Family(FamilyOutline):
+    """The items of one data family, by domain.
+
+    An item is the row of its first sentence: a sentence (ss), a pair of neighbours i, i + 1 of a document
+    of at least three sentences (nsp: two would leave none that is not a neighbour), or a context i, i + 1
+    whose follower i + 2 belongs to the same document of at least four sentences (nss).
+
+    Attributes:
+        items: (items,) int64 sentence rows, domain by domain.
+    """
+
+    items: np.ndarray
+
+    def rows(self, domain: int, split: str) -> np.ndarray:
+        """Sentence rows (n,) int64 of a domain's items in `split`."""
+        starts, ends = self._bounds(split)
+        return self.items[starts[domain] : ends[domain]]
 
 
 class Sentences:
@@ -237,6 +246,49 @@ class Store(Sentences):
         if name not in self._families:
             tables = load_file(self.path / f"{name}.safetensors")
             self._families[name] = Family(items=_map(self.path / f"{name}.rows.npy"), **tables)
+        return self._families[name]
+
+
+class Outline:
+    """A prepared corpus without its sentences, as a driver looks at it before a run; get one with `Outline.open`.
+
+    Of a store in an object store it reads a few small files, where `Store.open` copies all to this machine.
+    """
+
+    def __init__(self, place: Place, manifest: Manifest) -> None:
+        self.place = place
+        self.manifest = manifest
+        self._families: dict[str, FamilyOutline] = {}
+
+    @staticmethod
+    def open(where: Where) -> Outline:
+        """Look at the store in a folder or in that of a URI (`s3://…`).
+
+        Raises:
+            UserError: there is no store, another version wrote it, or a file of one in a folder is missing or damaged.
+        """
+        place = Place.of(where)
+        manifest = read_manifest(place)
+        if not place.remote:
+            _verify(place.local, manifest)
+        return Outline(place, manifest)
+
+    def family(self, name: str) -> FamilyOutline:
+        """The domains of one of `FAMILIES`.
+
+        Raises:
+            UserError: their file is missing or damaged.
+        """
+        if name not in self._families:
+            file = f"{name}.safetensors"
+            with self.place.answering():
+                content = self.place.content(file)
+            if content is None or hashlib.sha256(content).hexdigest() != self.manifest.files[file].sha256:
+                raise UserError(
+                    f"The store's file {self.place / file} is missing or has changed since it was written; prepare the "
+                    "store again."
+                )
+            self._families[name] = FamilyOutline(**load(content))
         return self._families[name]
 
 
@@ -384,7 +436,7 @@ def _copied(place: Place, manifest: Manifest) -> Path:
 
     Copies are told apart by their manifests, digests and all, so a store that was replaced is another one.
     """
-    folder = home() / "stores" / manifest.digest[:16]
+    folder = writable_home() / "stores" / manifest.digest[:16]
     with held(folder, "a copy", wait=True):
         try:
             _verify(folder, manifest)

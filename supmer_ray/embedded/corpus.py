@@ -154,7 +154,7 @@ class TaskStore:
             starts = np.searchsorted(np.sort(domain), np.arange(len(self.centroids) + 1))
             order = np.argsort(domain, kind="stable")
             none = np.zeros((len(self.centroids), 0), np.int32)
-            families[name] = Family(self.centroids, rows[order], starts, starts[1:], none)
+            families[name] = Family(self.centroids, starts, starts[1:], none, rows[order])
         return families
 
     def family(self, name: str) -> Family:

@@ -18,7 +18,7 @@ from typing import Any
 
 from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig, RunConfig
 from supmer_ray.data.sources import place_of
-from supmer_ray.data.store import Store, read_manifest
+from supmer_ray.data.store import Outline, read_manifest
 from supmer_ray.errors import UserError, nearest
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.comparison import AVERAGE
@@ -242,7 +242,7 @@ class Plan:
                     f"(--checkpoint {method.name}=RUN/checkpoint), or sources (--set 'prepare.sources=[…]')."
                 )
             if self.store:
-                require_domains(Store.open(self.store), config.tasks.types)
+                require_domains(Outline.open(self.store), config.tasks.types)
             return
         if point.run_variant:
             raise UserError(

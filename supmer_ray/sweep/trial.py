@@ -19,7 +19,7 @@ from ray import tune as ray_tune
 
 from supmer_ray.cluster import reserved_cpus
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, AdaptConfig, ObjectiveConfig, SweepConfig
-from supmer_ray.data.store import Store
+from supmer_ray.data.store import Outline
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 from supmer_ray.meta.learner import Learner
@@ -111,7 +111,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     return Objective(config, rows.definition, rows.description())
 
 
-def validation_types(config: SweepConfig, store: Store) -> tuple[str, ...]:
+def validation_types(config: SweepConfig, store: Outline) -> tuple[str, ...]:
     """What every trial is judged on, whatever its mixture: the paper's types that the store can make, and those drawn.
 
     Raises:

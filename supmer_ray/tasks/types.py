@@ -30,7 +30,7 @@ from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.formats import LETTERS, Formats
 
 if TYPE_CHECKING:
-    from supmer_ray.data.store import Family, Store
+    from supmer_ray.data.store import Family, FamilyOutline, Outline, Store
 
 FAMILY = {"nsp": "nsp", "nss": "nss", "scsp": "ss", "scss": "ss", "scc": "ss", "sck": "ss"}
 """The data family whose clustering gives each task type its domains."""
@@ -65,33 +65,32 @@ def balanced(generator: np.random.Generator, classes: int, count: int) -> np.nda
     return generator.permutation(np.resize(order, count))
 
 
-def require_domains(store: Store, names: Iterable[str]) -> None:
+def require_domains(store: Outline, names: Iterable[str]) -> None:
     """Refuse task types for which `store` has too few domains, before a run begins.
 
     Raises:
         UserError: a type lacks domains for a task and its partner, in training or in validation, or documents.
     """
     for name in names:
-        if name in ("nsp", "nss") and len(store.document_rows(0)) == len(store):
+        if name in ("nsp", "nss") and store.manifest.documents == 1:
             raise UserError(
-                f"Task type '{name}' takes sentences of other documents, and the store {store.path} has one document; "
+                f"Task type '{name}' takes sentences of other documents, and the store {store.place} has one document; "
                 f"prepare it from more, or take '{name}' out of tasks.mixture."
             )
         need = 2 * DOMAINS_PER_TASK[name]
         for split in ("train", "validation"):
-            usable = len(_usable(store, name, split))
+            usable = len(_usable(store.family(FAMILY[name]), name, split))
             if usable < need:
                 words = f" and {KEYWORD_CLASSES} or more keywords" if name == "sck" else ""
                 raise UserError(
                     f"Task type '{name}' needs {need} domains with {MINIMUM_ITEMS} or more {split} items{words}, and "
-                    f"the store {store.path} has {usable}; prepare it from more text or with fewer domains, or take "
+                    f"the store {store.place} has {usable}; prepare it from more text or with fewer domains, or take "
                     f"'{name}' out of tasks.mixture."
                 )
 
 
-def _usable(store: Store, name: str, split: str) -> np.ndarray:
+def _usable(family: FamilyOutline, name: str, split: str) -> np.ndarray:
     """The domains that a task of a type can be drawn from."""
-    family = store.family(FAMILY[name])
     usable = family.usable(split, MINIMUM_ITEMS)
     if name == "sck":
         # With as many words each as a task has classes, every class finds one that no other has taken.
@@ -125,7 +124,7 @@ class TaskDraw:
     def domains(self) -> tuple[np.ndarray, np.ndarray]:
         """The task's domains and its partner's, all different, uniformly from the usable ones."""
         need = DOMAINS_PER_TASK[self.name]
-        usable = _usable(self.store, self.name, self.split)
+        usable = _usable(self.family, self.name, self.split)
         drawn = self.generator.choice(usable, size=2 * need, replace=False)
         return drawn[:need], drawn[need:]
 

@@ -10,7 +10,7 @@ from faults import SETTINGS, assert_same_weights, rows_of
 
 from supmer_ray.config import load_run_config
 from supmer_ray.data.prepare import prepare
-from supmer_ray.data.store import MANIFEST, Store, read_manifest
+from supmer_ray.data.store import MANIFEST, Outline, Store, read_manifest
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.evaluate import evaluate
 from supmer_ray.files import Place, read_sealed
@@ -27,10 +27,12 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_store_in_an_object_store_is_that_of_a_path(tiny_store, bucket, cache):
     wanted = Store.open(tiny_store).manifest
-    store = prepare(wanted.settings, bucket.store)
-    assert store.manifest == wanted
+    assert prepare(wanted.settings, bucket.store) == wanted
     assert bucket.keys() == sorted(f"team/store/{name}" for name in [*wanted.files, MANIFEST])
-    assert "secret" not in store.manifest.model_dump_json()
+    assert "secret" not in read_manifest(bucket.store).model_dump_json()
+    assert Outline.open(bucket.store).family("ss").domains == wanted.families["ss"].domains
+    assert not cache.exists(), "what a driver needs to know takes no copy"
+    store = Store.open(bucket.store)
     assert store.path.parent == cache and store.text(7) == Store.open(tiny_store).text(7)
 
     with pytest.raises(
@@ -39,10 +41,10 @@ def test_a_store_in_an_object_store_is_that_of_a_path(tiny_store, bucket, cache)
         prepare(wanted.settings, bucket.store)
     fewer = wanted.settings.model_copy(update={"domains": 4, "max_documents": 20})
     other = prepare(fewer, bucket.store, overwrite=True)
-    assert read_manifest(bucket.store).documents == 20 and other.path != store.path
+    assert read_manifest(bucket.store) == other and Store.open(bucket.store).path != store.path
     with pytest.raises(UserError, match="too few for 5000 domains"):
         prepare(fewer.model_copy(update={"domains": 5000}), bucket.store, overwrite=True)
-    assert Store.open(bucket.store).manifest == other.manifest, "what is refused leaves the store as it was"
+    assert read_manifest(bucket.store) == other, "what is refused leaves the store as it was"
     assert len(bucket.keys()) == len(wanted.files) + 1, "nor is anything left beside it"
 
 
@@ -65,6 +67,9 @@ def test_a_copy_is_made_once_and_again_where_it_is_damaged(tiny_store, bucket, c
     bucket.client.delete_object(Bucket="runs", Key="team/store/documents.npy")
     with pytest.raises(UserError, match=r"^The store's file s3://runs/team/store/documents\.npy is missing"):
         Store.open(bucket.store)
+    bucket.client.put_object(Bucket="runs", Key="team/store/ss.safetensors", Body=b"damaged")
+    with pytest.raises(UserError, match=r"^The store's file s3://runs/team/store/ss\.safetensors is missing or has ch"):
+        Outline.open(bucket.store).family("ss")
     bucket.client.delete_object(Bucket="runs", Key=f"team/store/{MANIFEST}")
     with pytest.raises(UserError, match=rf"^s3://runs/team/store has no {MANIFEST}, so it is no store"):
         Store.open(bucket.store)

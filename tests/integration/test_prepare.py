@@ -92,9 +92,9 @@ def test_other_workers_and_blocks_make_the_same_store(prepared, files, tmp_path,
     monkeypatch.setattr(module, "BLOCK_BYTES", 10_000)
     other = config.model_copy(update={"sources": (str(files),), "embedders": 1, "max_documents": None})
     again = prepare(other, tmp_path / "store")
-    assert again.manifest.files == store.manifest.files
-    assert again.manifest.corpus == store.manifest.corpus
-    assert again.manifest.families == store.manifest.families
+    assert again.files == store.manifest.files
+    assert again.corpus == store.manifest.corpus
+    assert again.families == store.manifest.families
 
 
 def test_single_sentences_leave_the_pair_families_empty(prepared, tmp_path, tiny_t5):
@@ -102,7 +102,8 @@ def test_single_sentences_leave_the_pair_families_empty(prepared, tmp_path, tiny
     file = tmp_path / "lines.txt"
     file.write_text("\n\n".join(store.text(row) for row in range(300)))
     update = {"sources": (str(file),), "domains": 5, "max_documents": 250}
-    single = prepare(config.model_copy(update=update), tmp_path / "store")
+    prepare(config.model_copy(update=update), tmp_path / "store")
+    single = Store.open(tmp_path / "store")
     assert single.manifest.documents == 250
     assert single.manifest.families["ss"].items >= 250
     assert single.manifest.families["nsp"].items == single.family("nsp").domains == 0
@@ -141,7 +142,7 @@ def test_only_a_store_is_overwritten(prepared, tmp_path, files):
     small = config.model_copy(update={"domains": 2, "max_documents": 20})
     first = prepare(small, out)
     second = prepare(small.model_copy(update={"sources": (str(files),), "max_documents": 25}), out, overwrite=True)
-    assert (first.manifest.documents, second.manifest.documents, Store.open(out).manifest.documents) == (20, 25, 25)
+    assert (first.documents, second.documents, Store.open(out).manifest.documents) == (20, 25, 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bbc.jsonl", "store", "thesis.tex"]
 
 
