@@ -49,7 +49,10 @@ class Resources:
 
     def holding(self, workers: WorkersConfig) -> int:
         """How many such workers the nodes hold, each on one node with its builders and, where it gets one, its GPU."""
-        gpu, each = self.has_gpus_for(workers), reserved_cpus(workers)
+        return self.fitting(reserved_cpus(workers), gpu=self.has_gpus_for(workers))
+
+    def fitting(self, each: float, *, gpu: bool) -> int:
+        """How many processes of `each` CPUs, and of a GPU, the nodes hold, each on one node."""
         nodes = zip_longest(self.node_cpus, self.node_gpus, fillvalue=0.0)
         return sum(int(min(cpus / each + 1e-9, gpus if gpu else math.inf)) for cpus, gpus in nodes)
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from supmer_ray.cluster import Resources, connect
+from supmer_ray.cluster import connect
 from supmer_ray.config import Precision, PrepareConfig
 from supmer_ray.data.sources import open_source
 from supmer_ray.data.store import MANIFEST
@@ -228,7 +228,7 @@ def _run_cells(
         start,
         keep=lambda cell, found: write_table(pd.DataFrame(found), _cell_file(out, cell)),
         # One more than fits: it begins when another ends, and tells a cluster that can grow to do so.
-        most=lambda: _fitting(connect(), threads, gpu) + 1,
+        most=lambda: connect().fitting(threads, gpu=gpu) + 1,
         tell=lambda left: tell("Adapting and testing", len(cells) - left, len(cells), "cells"),
     )
     if failed:
@@ -277,12 +277,6 @@ def _in_turn(
                 left -= 1
                 tell(left)
     return failed
-
-
-def _fitting(resources: Resources, threads: int, gpu: bool) -> int:
-    """How many cells the cluster can run at once."""
-    by_cpus = sum(int(cpus // threads) for cpus in resources.node_cpus)
-    return min(by_cpus, int(resources.gpus)) if gpu else by_cpus
 
 
 def _run_cell(

@@ -26,7 +26,7 @@ from supmer_ray.config import RunConfig, WorkersConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
-from supmer_ray.meta.record import METRICS_FILE
+from supmer_ray.meta.record import METRICS_FILE, MetricsLog
 from supmer_ray.meta.run import CONFIG_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
 from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.tasks.types import require_domains
@@ -34,7 +34,7 @@ from supmer_ray.tasks.types import require_domains
 CHECKPOINT = "checkpoint"
 
 FOLLOW_SECONDS = 0.5
-"""How often the driver looks at the metrics file."""
+"""How often the driver looks at the metrics file; at one in an object store it looks as often as that is written."""
 
 SETTLE_SECONDS = 5.0
 """How long a run waits for room before it says so."""
@@ -169,11 +169,12 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None) -> None:
     follow = _Follow(plan.out, progress)
     follow.look()
     before, waiting = follow.rows, _Waiting(plan.config.workers)
+    pause = MetricsLog.REMOTE_SECONDS if plan.out.remote else FOLLOW_SECONDS
     with _stop_signals(plan.out) as told:
         thread.start()
         try:
             while thread.is_alive():
-                thread.join(FOLLOW_SECONDS)
+                thread.join(pause)
                 follow.look()
                 if progress and follow.rows == before and (text := waiting.notice()):
                     progress({"kind": "notice", "step": 0, "text": text})

@@ -45,3 +45,10 @@ def test_where_nodes_come_when_they_are_asked_for_nothing_is_refused():
     require_room(Resources((0,), grows=True), WorkersConfig(count=8))
     with pytest.raises(UserError, match=r"\(1 of 0 CPUs\) hold 0 of such"):
         require_room(Resources((0,)), WorkersConfig(count=8))
+
+
+def test_as_many_processes_fit_as_each_node_holds():
+    assert Resources((4.0, 3.0)).fitting(2, gpu=False) == 3
+    assert Resources((8.0,), node_gpus=(2.0,)).fitting(1, gpu=True) == 2
+    assert Resources((1.0,), node_gpus=(2.0,)).fitting(1, gpu=True) == 1
+    assert Resources((64.0, 8.0), node_gpus=(0.0, 4.0)).fitting(1, gpu=True) == 4

@@ -16,7 +16,7 @@ from supmer_ray import embedded
 from supmer_ray.cluster import Resources
 from supmer_ray.config import EvaluateConfig
 from supmer_ray.errors import UserError
-from supmer_ray.evaluate import _fitting, _note, evaluate
+from supmer_ray.evaluate import _note, evaluate
 from supmer_ray.fewshot.method import load_method
 from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same
 from supmer_ray.fewshot.suite import Curve, Suite
@@ -318,9 +318,3 @@ def test_cells_that_run_beside_one_that_fails_are_kept(own_task, tmp_path, run_c
     assert list(rows["method"].unique()) == methods and len(before) == plan.seeds
     assert [done for done, *_ in told] == sorted(done for done, *_ in told)
     assert told[0] == (0, 4, "cells") and told[-1] == (4, 4, "cells")
-
-
-def test_as_many_cells_are_under_way_as_the_cluster_has_room_for():
-    assert _fitting(Resources((4.0, 3.0)), 2, gpu=False) == 3
-    assert _fitting(Resources((8.0,), node_gpus=(2.0,)), 1, gpu=True) == 2
-    assert _fitting(Resources((1.0,), node_gpus=(2.0,)), 1, gpu=True) == 1
