@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import socket
+import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,6 +20,12 @@ KNOCK_SECONDS = 20.0
 
 BUILDER_CPUS = 0.5
 """What a worker reserves for each of its builders of meta-tasks: they wait for its steps most of the time."""
+
+DRIVER_CPUS = 0.01
+"""What the driver of a trial of several workers reserves: Ray Tune refuses a trial without resources."""
+
+SETTLE_SECONDS = 5.0
+"""How long a run waits for room before it says so."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ def connect() -> Resources:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
         try:
+            if address.startswith("ray://"):
+                raise ValueError(address)  # a client is no driver: it would get to the cluster, and fail in the middle
             _knock(address)
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, TimeoutError) as error:
@@ -100,14 +110,25 @@ def connect() -> Resources:
     context.print_on_execution_start = False
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (tuple(node.get(what, 0.0) for node in alive) for what in ("CPU", "GPU"))
-    return Resources(cpus, gpus, _grows(sum(cpus)))
+    return Resources(cpus, gpus, _grows())
 
 
-def _grows(cpus: float) -> bool:
-    """Whether an autoscaler has told the cluster of nodes that it could add."""
-    from ray._private.state import state
+def _grows() -> bool:
+    """Whether an autoscaler adds nodes to this cluster where a reservation waits for them.
 
-    return (state.get_max_resources_from_cluster_config() or {}).get("CPU", 0) > cpus
+    Ray has no question for it. Its newer autoscaler runs only where one was set up. The older one runs in every
+    cluster; one that can add nodes reports each under the kind that it is of, and one that only looks on, under a name
+    of the node's own, "node_…".
+    """
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    kinds = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return any(not kind.startswith("node_") for kind in kinds.values())
 
 
 def this_node_cpus() -> float:
@@ -137,14 +158,50 @@ def reserved_cpus(workers: WorkersConfig) -> float:
     return workers.cpus + workers.builders * BUILDER_CPUS
 
 
-def waits_for_room() -> bool:
-    """Whether this driver's job has asked for a reservation that the cluster has no room for yet."""
+class Waiting:
+    """Says once that reservations wait for room, when they have done so for a while.
+
+    What has just ended gives its CPUs back.
+
+    Args:
+        what: asked for them ("The run").
+        workers: that are to find room together.
+    """
+
+    def __init__(self, what: str, workers: WorkersConfig) -> None:
+        self._what, self._workers = what, workers
+        self._since, self._said = math.inf, False
+
+    def notice(self) -> str | None:
+        """The sentence, where it is time for it."""
+        if self._said or not _waits():
+            self._since = math.inf
+            return None
+        self._since = min(self._since, time.monotonic())
+        if time.monotonic() - self._since < SETTLE_SECONDS:
+            return None
+        import ray
+
+        self._said, free = True, ray.available_resources()
+        workers = f"{self._workers.count} worker" + "s" * (self._workers.count > 1)
+        return (
+            f"{self._what} waits until the cluster has room for {workers} of {reserved_cpus(self._workers):g} CPUs; "
+            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs of it are free."
+        )
+
+
+def _waits() -> bool:
+    """Whether this driver's job has asked for reservations, and none but those of trials' drivers has found room."""
     import ray
     from ray.util.placement_group import placement_group_table
 
     job = ray.get_runtime_context().get_job_id()  # the end of the number of what it has made
-    groups = placement_group_table().items()
-    return any(number.endswith(job) and group["state"] == "PENDING" for number, group in groups)
+    states = {
+        group["state"]
+        for number, group in placement_group_table().items()
+        if number.endswith(job) and sum(bundle.get("CPU", 0) for bundle in group["bundles"].values()) > DRIVER_CPUS
+    }
+    return "PENDING" in states and "CREATED" not in states
 
 
 def require_room(resources: Resources, workers: WorkersConfig) -> None:

@@ -425,7 +425,7 @@ class SweepConfig(Section):
         """A value that RunConfig refuses, whatever the others are, is refused now and not in a trial."""
         values = assign(self.base.model_dump(mode="json"), key, value)
         if key == "meta.inner_steps" and "meta.inner_rate" in self.space:
-            values["meta"]["inner_rate"] = None
+            values["meta"]["inner_rate"] = 1.0  # any one: the space has its own
         try:
             RunConfig.model_validate(values)
         except ValidationError as error:

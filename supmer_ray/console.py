@@ -18,7 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 LOG_SECONDS, STILL_SECONDS = 15.0, 60.0
 """How often a stage writes a line where there is no terminal: when something was done since the last, and when not."""
 
-errors = Console(stderr=True, highlight=False)
+# Without markup: a path in brackets, as errors have them, is text.
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:
@@ -43,8 +44,8 @@ class StageLine:
     def __init__(self, title: str, unit: str, *, live: bool) -> None:
         self._bar: Progress | None = None
         if live:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
-            self._bar = Progress(*columns, console=errors, refresh_per_second=4)
+            about, said = (TextColumn(what, markup=False) for what in ("{task.description}", "{task.fields[text]}"))
+            self._bar = Progress(about, BarColumn(bar_width=24), said, console=errors, refresh_per_second=4)
             self._bar.start()
         self._begin(title, unit)
 
@@ -96,8 +97,10 @@ class StageLine:
 
         return show
 
-    def trials_done(self, done: int, total: int, best: float | None, steps: int) -> None:
+    def trials_done(self, done: int, total: int, best: float | None, steps: int, note: str) -> None:
         """`update` for a sweep."""
+        if note:
+            errors.print(note, soft_wrap=True)
         notes = [f"best {best:.4f}"] if best is not None else []
         if steps:
             notes.append(f"{steps:,} steps of the trials at work")

@@ -72,4 +72,4 @@ def describe() -> None:
         table.add_row("embedded backbone", resolve("embedded"))
     except UserError as error:
         table.add_row("embedded backbone", str(error))
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False, emoji=False).print(table)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import connect, require_room, reserved_cpus, waits_for_room
-from supmer_ray.config import RunConfig, WorkersConfig
+from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus
+from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
@@ -35,9 +33,6 @@ CHECKPOINT = "checkpoint"
 
 FOLLOW_SECONDS = 0.5
 """How often the driver looks at the metrics file; at one in an object store it looks as often as that is written."""
-
-SETTLE_SECONDS = 5.0
-"""How long a run waits for room before it says so."""
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with every row of `metrics.jsonl` as it appears."""
@@ -168,7 +163,7 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None) -> None:
     thread = threading.Thread(target=run, daemon=True)
     follow = _Follow(plan.out, progress)
     follow.look()
-    before, waiting = follow.rows, _Waiting(plan.config.workers)
+    before, waiting = follow.rows, Waiting("The run", plan.config.workers)
     pause = MetricsLog.REMOTE_SECONDS if plan.out.remote else FOLLOW_SECONDS
     with _stop_signals(plan.out) as told:
         thread.start()
@@ -310,30 +305,6 @@ def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) 
     # Runs of earlier versions have no digest.
     if started.get("store_digest", digest) != digest:
         raise UserError(f"The store {store} was made anew since the run in {out} was started; start a new run.")
-
-
-class _Waiting:
-    """Says once that a run waits for room, when it has done so for a while: what has just ended gives its CPUs back."""
-
-    def __init__(self, workers: WorkersConfig) -> None:
-        self._workers, self._since, self._said = workers, math.inf, False
-
-    def notice(self) -> str | None:
-        """The sentence, where it is time for it."""
-        if self._said or not waits_for_room():
-            self._since = math.inf
-            return None
-        self._since = min(self._since, time.monotonic())
-        if time.monotonic() - self._since < SETTLE_SECONDS:
-            return None
-        import ray
-
-        self._said, free = True, ray.available_resources()
-        workers = f"{self._workers.count} worker" + "s" * (self._workers.count > 1)
-        return (
-            f"The run waits until the cluster has room for {workers} of {reserved_cpus(self._workers):g} CPUs; "
-            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs of it are free."
-        )
 
 
 class _Follow:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ import yaml
 from ray import tune as ray_tune
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-from supmer_ray.cluster import Resources, connect, require_room, reserved_cpus
+from supmer_ray.cluster import DRIVER_CPUS, Resources, connect, require_room, reserved_cpus
 from supmer_ray.config import RunConfig, SweepConfig
 from supmer_ray.data.store import Outline
-from supmer_ray.errors import Stopped, UserError, require_new_folder
+from supmer_ray.errors import Stopped, UserError, first_line, require_new_folder
 from supmer_ray.files import Place, Where, held, require_outside, whole_file, write_json
 from supmer_ray.monitoring.loggers import require_loggers
 from supmer_ray.sweep.space import Within, columns_of, run_config, settings_of, space
-from supmer_ray.sweep.trial import DRIVER_CPUS, Trial, make_objective, validation_types
+from supmer_ray.sweep.trial import Trial, make_objective, validation_types
 from supmer_ray.sweep.watch import Listener, Progress, Watch, sigterm_as_sigint, watching
 
 if TYPE_CHECKING:
@@ -116,12 +116,13 @@ def concurrency(config: SweepConfig, resources: Resources) -> int:
     require_room(resources, workers)
     fitting = resources.holding(workers) // workers.count
     if workers.count > 1:
-        each = workers.count * reserved_cpus(workers) + DRIVER_CPUS
-        fitting = min(fitting, int(resources.cpus / each + 1e-9))
+        # On any node a driver may take what the last worker there would need.
+        less = replace(resources, node_cpus=tuple(max(0.0, cpus - DRIVER_CPUS) for cpus in resources.node_cpus))
+        fitting = less.holding(workers) // workers.count
         if not fitting and not resources.grows:
             raise UserError(
-                f"A trial needs {each:g} CPUs, {DRIVER_CPUS:g} of them for its driver, but the cluster has "
-                f"{resources.cpus:g}; lower base.workers.cpus or base.workers.builders."
+                f"{workers.count} workers of {reserved_cpus(workers):g} CPUs fill the cluster's nodes ({resources}), "
+                f"and a trial's driver needs {DRIVER_CPUS:g} more; lower base.workers.cpus or base.workers.builders."
             )
     if resources.grows:
         return config.concurrency or max(1, fitting)
@@ -130,7 +131,8 @@ def concurrency(config: SweepConfig, resources: Resources) -> int:
             f"concurrency is {config.concurrency} but {fitting} of these trials fit the cluster at a time; "
             f"write concurrency: {fitting}, or leave it out."
         )
-    return config.concurrency or fitting
+    # More than there are samples would take threads from those that run.
+    return config.concurrency or min(fitting, config.samples)
 
 
 def _tuner(config: SweepConfig, trial: Trial, *, resume: bool) -> ray_tune.Tuner:
@@ -146,14 +148,15 @@ def _tuner(config: SweepConfig, trial: Trial, *, resume: bool) -> ray_tune.Tuner
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Its newer output says what it does even when it is told to say nothing.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # In a population, the end of a trial that takes over another's state: two seconds are few to close its loggers.
-    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
     # It warns of slow steps, and that the log files above are missing.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     workers = config.base.workers
     failures = workers.max_failures
 
     def supmer(sample: dict[str, Any]) -> None:
+        # In a population, a trial that is to take over another's state: two seconds are few to close its loggers. Ray
+        # Tune reads it here, and does not bring it here.
+        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
         trial(sample)
 
     trainable = ray_tune.with_resources(supmer, trial.resources)
@@ -272,17 +275,22 @@ def trials_table(config: SweepConfig, results: Sequence[ray_tune.Result]) -> pd.
             {
                 "trial": metrics.get("trial_id"),
                 "state": "refused" if "refused" in metrics else state,
-                "step": metrics.get("step", 0),
+                "step": metrics.get("reached", metrics.get("step", 0)),
                 "objective": metrics.get("objective"),
                 **reported,
                 "seconds": metrics.get("time_total_s"),
                 # A trial of several workers tells where Ray Train has put its snapshot.
                 "checkpoint": result.checkpoint.path if result.checkpoint else metrics.get("checkpoint_path"),
-                "sentence": metrics.get("refused") or (str(result.error) if result.error else None),
+                "sentence": metrics.get("refused") or _why_failed(result.error),
                 **columns_of(settings_of(config, result.config or {})),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _why_failed(error: Exception | None) -> str | None:
+    """What a trial ended with, in one line: Ray's errors hold the trial's own, and are its whole traceback."""
+    return None if error is None else first_line(getattr(error, "cause", None) or error)
 
 
 def _conclude(config: SweepConfig, found: ray_tune.ResultGrid, out: Path) -> SweepResult:
@@ -297,7 +305,7 @@ def _conclude(config: SweepConfig, found: ray_tune.ResultGrid, out: Path) -> Swe
         table.to_parquet(scratch)
     finished = table[table["state"] == "finished"]
     if finished.empty:
-        why = next((sentence for sentence in table["sentence"] if sentence), "none says why")
+        why = next(iter(table["sentence"].dropna()), "none says why")
         raise UserError(f"No trial of the sweep in {out} came to its end; the first reason: {why}")
     order = finished["objective"].astype(float)
     best = order.idxmin() if config.objective.mode == "min" else order.idxmax()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -56,9 +57,10 @@ class Cluster:
         folder: where the nodes' logs and the token go. Ray keeps its sockets below `/tmp`, whose path is short.
         cpus: of the head.
         binaries: the folder of the nodes' Python and Ray.
+        growth: nodes of two CPUs that Ray's autoscaler may add where work waits for them, here as well.
     """
 
-    def __init__(self, folder: Path, cpus: int = 2, binaries: Path = BINARIES) -> None:
+    def __init__(self, folder: Path, cpus: int = 2, binaries: Path = BINARIES, growth: int = 0) -> None:
         home = folder / "home"
         home.mkdir(parents=True)
         self.folder, self._ray = folder, str(binaries / "ray")
@@ -74,15 +76,41 @@ class Cluster:
         self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
         self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.nodes: list[subprocess.Popen] = []
+        growing = self._autoscaler(gcs, growth) if growth else []
         try:
             self._start(
                 "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
                 f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
+                *growing,
             )  # fmt: skip
             self.wait_for(lambda: self.alive() == 1, "the head")
         except BaseException:
             self.close()
             raise
+
+    def _autoscaler(self, gcs: int, growth: int) -> list[str]:
+        """What the head is started with so that Ray's autoscaler starts raylets of this machine, as its own tests do."""
+        head = "f" * 51 + "00000"
+        worker = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": growth}
+        config = {
+            "cluster_name": "growing", "max_workers": growth, "upscaling_speed": 1.0, "idle_timeout_minutes": 60,
+            "provider": {
+                "type": "fake_multinode", "head_node_id": head, "gcs_address": f"127.0.0.1:{gcs}",
+                "use_node_id_as_ip": True,
+            },
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0}, "worker": worker,
+            },
+            "auth": {"ssh_user": "nobody"}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False, "initialization_commands": [], "setup_commands": [],
+            "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
+            "worker_start_ray_commands": [],
+        }  # fmt: skip
+        self.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        self.environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = head
+        (self.folder / "autoscaler.json").write_text(json.dumps(config))
+        return [f"--autoscaling-config={self.folder / 'autoscaler.json'}"]
 
     def join(self, cpus: int = 1) -> subprocess.Popen:
         """Start a worker node; returns its process."""
@@ -109,7 +137,7 @@ class Cluster:
         assert all(node.poll() is None or node.returncode < 0 for node in self.nodes), "a node could not start"
         text = self.ray("status", check=False).stdout
         active = text.partition("Active:")[2].partition("Pending:")[0]
-        return active.count("node_")
+        return sum(int(count) for count in re.findall(r"^ (\d+) \S", active, re.MULTILINE))
 
     def ray(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A `ray` command against this cluster."""
@@ -190,6 +218,11 @@ class Cluster:
         node.wait()
 
     def close(self) -> None:
+        import psutil
+
+        started = [
+            child for node in self.nodes if node.poll() is None for child in psutil.Process(node.pid).children(True)
+        ]
         for node in reversed(self.nodes):
             if node.poll() is None:
                 node.send_signal(signal.SIGTERM)
@@ -198,6 +231,9 @@ class Cluster:
                 node.wait(20)
             except subprocess.TimeoutExpired:
                 self.kill(node)
+        for process in started:  # the nodes of an autoscaler outlive it
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> Cluster:

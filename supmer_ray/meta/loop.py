@@ -180,7 +180,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         store = Store.open(plan.store)
         if host.device.type == "cpu":
             # Builders are idle most of the time, so a CPU worker may use its whole share of the node.
-            share = int(this_node_cpus()) // host.local_workers
+            share = int(this_node_cpus()) // max(host.local_workers, plan.beside)
             torch.set_num_threads(max(1, int(config.workers.cpus), share))
         dtype = getattr(torch, config.workers.precision) if config.workers.precision else None
         backbone = load_backbone(store.manifest.backbone.name, device=host.device, dtype=dtype)

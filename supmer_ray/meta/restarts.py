@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 from ray.train import UserCallback
 
-from supmer_ray.errors import first_line
 from supmer_ray.files import Place
 from supmer_ray.meta.record import add_notice
 from supmer_ray.meta.run import REFUSAL_FILE
+
+MOST_CHARACTERS = 300
+"""Of an error in a notice."""
 
 
 class TellRestarts(UserCallback):
@@ -27,9 +30,19 @@ class TellRestarts(UserCallback):
         self._failures += 1
         if self._failures > self._most or self._out.read(REFUSAL_FILE) is not None:
             return  # the run ends, and the driver says why
-        rank, error = min(worker_exceptions.items())
         add_notice(
             self._out,
-            f"Worker {rank} failed ({first_line(error)}); the run goes on from its last snapshot, restart "
-            f"{self._failures} of at most {self._most}.",
+            f"{why_failed(worker_exceptions)}; the run goes on from its last snapshot, restart {self._failures} of at "
+            f"most {self._most}.",
         )
+
+
+def why_failed(errors: dict[int, Exception]) -> str:
+    """Which worker failed and why, in a few words; the first that died, where others only miss it."""
+    died = {rank: error for rank, error in errors.items() if hasattr(error, "health_check_failure")}
+    rank, error = min((died or errors).items())
+    # Ray Train says of a dead worker that its health check failed, and keeps what Ray knows of its death: an actor's
+    # and a node's numbers, each on a line of its own behind a tab, and then a sentence.
+    error = getattr(error, "health_check_failure", error)
+    said = " ".join(line for line in str(error).splitlines() if not line.startswith("\t")) or type(error).__name__
+    return f"Worker {rank} failed ({shorten(said, MOST_CHARACTERS, placeholder=' …').rstrip('.')})"

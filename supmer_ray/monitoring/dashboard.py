@@ -114,8 +114,10 @@ def write_dashboard(folder: Path | None = None) -> Path:
         UserError: no cluster has run on this machine, so nothing would look there, or the folder cannot be written.
     """
     if folder is None:
+        from ray._common.utils import get_default_ray_temp_dir
+
         named = os.environ.get(DIRECTORY_VARIABLE)
-        session = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest"
+        session = Path(get_default_ray_temp_dir()) / "session_latest"
         folder = Path(named) if named else session / "metrics" / "grafana" / "dashboards"
         if not folder.is_dir():
             raise UserError(

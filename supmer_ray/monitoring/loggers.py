@@ -74,7 +74,7 @@ class TensorBoardLogger:
     def __init__(self, config: RunConfig, run: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():

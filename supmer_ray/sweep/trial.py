@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from ray import tune as ray_tune
 
-from supmer_ray.cluster import reserved_cpus
+from supmer_ray.cluster import DRIVER_CPUS, reserved_cpus
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, AdaptConfig, ObjectiveConfig, SweepConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 from supmer_ray.meta.learner import Learner
 from supmer_ray.meta.loop import meta_train
+from supmer_ray.meta.record import read_rows
 from supmer_ray.meta.run import REFUSAL_FILE, RunPlan, snapshots_in
 from supmer_ray.sweep.space import run_config, settings_of
 from supmer_ray.tasks.types import FAMILY, require_domains
@@ -36,9 +37,6 @@ RUNS = "runs"
 
 DIVERGED_LOSS = 1000.0
 """The objective of a trial whose loss is not finite: far above any real one, in nats, but a number to compare."""
-
-DRIVER_CPUS = 0.01
-"""What the driver of a trial of several workers reserves: Ray Tune refuses a trial without resources."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,9 @@ def validation_types(config: SweepConfig, store: Outline) -> tuple[str, ...]:
 class TrialHost:
     """A trial that is itself the one worker of its run."""
 
-    rank, workers = 0, 1
+    rank, workers, local_workers = 0, 1, 1
 
-    def __init__(self, local_workers: int, *, gpu: bool) -> None:
-        self.local_workers = local_workers
+    def __init__(self, *, gpu: bool) -> None:
         self.device = torch.device("cuda" if gpu else "cpu")
 
     def snapshots(self) -> Sequence[Any]:
@@ -176,17 +173,25 @@ class Trial:
         place.local.mkdir(parents=True, exist_ok=True)
         try:
             config = run_config(self.config, settings_of(self.config, sample))
-            plan = RunPlan(config, self.store, place, self.types, self.objective)
+            plan = RunPlan(config, self.store, place, self._beside(), self.types, self.objective)
             if config.workers.count == 1:
-                import ray
-
-                nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-                meta_train(plan, TrialHost(-(-self.at_a_time // nodes), gpu=self.gpu))
+                meta_train(plan, TrialHost(gpu=self.gpu))
             else:
                 _train_nested(plan, gpu=self.gpu)
         except (UserError, FloatingPointError) as error:
             # A retry would find the same: the trial ends, as the worst of all.
-            ray_tune.report({"step": 0, "objective": self.objective.worst, "refused": str(error)})
+            made = read_rows(place, "step")
+            reached = made[-1]["step"] if made else 0
+            # Step 0, at which no scheduler does anything with it.
+            worst = {"step": 0, "objective": self.objective.worst}
+            ray_tune.report({**worst, "reached": reached, "refused": str(error)})
+
+    def _beside(self) -> int:
+        """How many workers of the sweep a node has, where they are spread evenly."""
+        import ray
+
+        nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+        return -(-self.at_a_time * self.config.base.workers.count // max(1, nodes))
 
     @property
     def resources(self) -> ray_tune.PlacementGroupFactory:

@@ -13,13 +13,15 @@ from typing import Any
 
 from ray import tune as ray_tune
 
+from supmer_ray.cluster import Waiting
 from supmer_ray.config import SweepConfig
 from supmer_ray.files import Place
 from supmer_ray.meta.run import GROUP_FILE
 from supmer_ray.sweep.trial import RUNS
 
-Progress = Callable[[int, int, float | None, int], None]
-"""Called with the trials that are done, their number, the best objective so far, and the steps of those at work."""
+Progress = Callable[[int, int, float | None, int, str], None]
+"""Called with the trials that are done, their number, the best objective so far, the steps of those at work, and what
+else is to be known."""
 
 
 class Watch:
@@ -35,6 +37,15 @@ class Watch:
         self._ended: dict[str, float] = {}
         self._lost: dict[str, float] = {}
         self._reached: dict[str, int] = {}
+        self._waiting, self._looked = Waiting("The sweep", config.base.workers), time.monotonic()
+
+    def stepped(self, trials: Sequence[Any]) -> None:
+        """Between two events: free what is due, and say where not one trial has found room yet."""
+        self.release()
+        if self._progress and not self._reached and time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            if sentence := self._waiting.notice():
+                self.tell(trials, note=sentence)
 
     def ended(self, trials: Sequence[Any], last: Any) -> None:
         self._ended[last.trial_id] = time.monotonic()
@@ -49,7 +60,7 @@ class Watch:
         self._reached[trial.trial_id] = result.get("step", 0)
         self.tell(trials)
 
-    def tell(self, trials: Sequence[Any], last: Any = None) -> None:
+    def tell(self, trials: Sequence[Any], last: Any = None, note: str = "") -> None:
         """Tell how far the sweep is; `last` has just ended, whatever its status still says."""
         if self._progress:
             ended = [trial for trial in trials if trial is last or trial.is_finished()]
@@ -59,7 +70,7 @@ class Watch:
             whole = [found for found in results if found.get("step", 0) >= self._config.base.meta.steps]
             values = [found["objective"] for found in whole]
             best = min if self._config.objective.mode == "min" else max
-            self._progress(len(ended), self._config.samples, best(values, default=None), steps)
+            self._progress(len(ended), self._config.samples, best(values, default=None), steps, note)
 
     def release(self, *, at_once: bool = False) -> None:
         """Remove the groups of trials that ended or were lost a while ago: their runs are dead and make no new ones."""
@@ -84,6 +95,9 @@ class Watch:
 
 RELEASE_SECONDS = 5.0
 """How long a stopped trial's run is given to die."""
+
+LOOK_SECONDS = 1.0
+"""How often a sweep whose trials have not reported is looked at: whether they wait for room."""
 
 _watch: Watch | None = None
 """Of the sweep that this process runs."""
@@ -110,7 +124,7 @@ class Listener(ray_tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if _watch:
-            _watch.release()
+            _watch.stepped(trials)
 
 
 @contextmanager
@@ -131,7 +145,9 @@ def sigterm_as_sigint() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)  # Ray Tune leaves its own, which would swallow the next one

@@ -54,8 +54,20 @@ def steps(file):
 
 def assert_a_restart_is_told(file):
     told = [row["text"] for row in rows_of(file, "notice")]
-    restart = r"Worker \d failed \(.+\); the run goes on from its last snapshot, restart 1 of at most 3\."
+    restart = r"Worker \d failed \(.+ died .+\); the run goes on from its last snapshot, restart 1 of at most 3\."
     assert any(re.fullmatch(restart, text) for text in told), told
+
+
+def test_a_cluster_grows_for_a_run(undisturbed, tiny_store, tmp_path):
+    """On a head without CPUs, to which Ray's autoscaler adds what the run asks for."""
+    out, settings = tmp_path / "run", [part for pair in SETTINGS for part in ("--set", pair)]
+    with Cluster(tmp_path / "cluster", cpus=0, growth=1) as cluster:
+        assert cluster.alive() == 1
+        command = ["python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings]
+        cluster.wait_for_end(cluster.submit(*command, installed=True))
+        assert cluster.alive() == 2
+    assert steps(out / "metrics.jsonl") == list(range(1, 13))
+    assert_same_weights(out / "checkpoint", undisturbed.checkpoint)
 
 
 def test_a_node_leaves_during_prepare(cluster, tiny_t5, tiny_store, tmp_path):

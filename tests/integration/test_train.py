@@ -85,7 +85,7 @@ def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_ki
     )
     (restart,) = (text for text in told if "failed" in text)
     assert re.fullmatch(
-        r"Worker 0 failed \(.+\); the run goes on from its last snapshot, restart 1 of at most 3\.", restart
+        r"Worker 0 failed \(.+ died .+\); the run goes on from its last snapshot, restart 1 of at most 3\.", restart
     )
     assert restart in [row["text"] for row in rows_of(result.metrics, "notice")]
     assert [row["step"] for row in rows_of(result.metrics, "step")] == list(range(1, 13))

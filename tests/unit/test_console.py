@@ -86,9 +86,9 @@ def test_a_terminal_shows_one_line_a_stage_that_is_written_over(clock, monkeypat
 def test_a_sweep_says_how_far_its_trials_are(clock, capsys):
     line = StageLine("Searching", "trials", live=False)
     clock[0] += 60
-    line.trials_done(0, 8, None, 150)
+    line.trials_done(0, 8, None, 150, "")
     clock[0] += 60
-    line.trials_done(1, 8, 1.25, 50)
+    line.trials_done(1, 8, 1.25, 50, "")
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "Searching: 0/8 trials, 150 steps of the trials at work"
     assert said[1].startswith("Searching: 1/8 trials") and said[1].endswith(
@@ -99,3 +99,15 @@ def test_a_sweep_says_how_far_its_trials_are(clock, capsys):
 def test_durations_and_speeds():
     assert [duration(seconds) for seconds in (7, 123, 3723)] == ["7 s", "2:03", "1:02:03"]
     assert [speed(rate) for rate in (1234, 0.5, 0.02)] == ["1,234/s", "0.50/s", "1.2/min"]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_an_error_has_in_brackets_is_said_as_it_is(capsys, live):
+    """Gloo's errors begin with a path in brackets, which is no markup."""
+    text = "Worker 1 failed ([/gloo/tcp/pair.cc:553] Connection closed :warning: [errno 28])"
+    line = StageLine("Meta-training", "steps", live=live)
+    line.train_row(8)({"kind": "notice", "step": 0, "text": text})
+    line.update(1, 8, "[/a]")
+    line.close(ok=True)
+    said = capsys.readouterr().err
+    assert text in said and "[/a]" in said

@@ -82,6 +82,12 @@ def test_one_sentence_for_each_mistake(update, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_inner_steps_and_their_learned_rate_are_searched_together():
+    base = {"meta": {"learn_inner_rates": True, "inner_rate": 0.1}}
+    space = {"meta.inner_steps": {"int": [1, 3]}, "meta.inner_rate": {"loguniform": [0.01, 1.0]}}
+    assert sweep(base=base, space=space).samples == 2
+
+
 def test_mixtures_are_uniform_on_the_simplex():
     config = load_sweep_config(CONFIGS / "task_mixture.yaml")
     generator = np.random.default_rng(0)
@@ -136,8 +142,10 @@ def test_as_many_trials_as_fit():
     two_cores = Resources((2,))
     assert concurrency(sweep(), two_cores) == 1
     # A trial of one worker and its builder take 1.5 CPUs of one node.
-    assert concurrency(sweep(), Resources((8, 4, 2))) == 5 + 2 + 1
-    assert concurrency(sweep(), Resources((8, 4, 2), (0, 2, 0))) == 2
+    many = sweep(samples=20)
+    assert concurrency(many, Resources((8, 4, 2))) == 5 + 2 + 1
+    assert concurrency(many, Resources((8, 4, 2), (0, 2, 0))) == 2
+    assert concurrency(sweep(), Resources((8, 4, 2))) == 2, "more than there are samples would take threads from them"
     pair = sweep(base={"workers": {"count": 2}})
     assert concurrency(pair, Resources((4, 4))) == 2
     assert concurrency(sweep(concurrency=2), Resources((8,))) == 2
@@ -145,8 +153,11 @@ def test_as_many_trials_as_fit():
         concurrency(sweep(concurrency=2), two_cores)
     with pytest.raises(UserError, match=r"^2 workers of 1\.5 CPUs .* hold 1 of such; lower workers\.count to 1"):
         concurrency(pair, two_cores)
-    with pytest.raises(UserError, match=r"^A trial needs 3\.01 CPUs, 0\.01 of them for its driver, .* has 3;"):
+    with pytest.raises(UserError, match=r"^2 workers of 1\.5 CPUs fill .* \(1 of 3 CPUs\), .* needs 0\.01 more;"):
         concurrency(pair, Resources((3,)))
+    # The driver may come to lie where the second worker would: there is no room for both beside it anywhere else.
+    with pytest.raises(UserError, match=r"^2 workers of 4 CPUs fill .* \(2 of 4 CPUs, 1 of 2 CPUs\)"):
+        concurrency(sweep(base={"workers": {"count": 2, "cpus": 3.5}}), Resources((4, 4, 2)))
     with pytest.raises(UserError, match=r"\(2 of 1 CPUs\) hold 0 of such; lower workers\.cpus or workers\.builders"):
         concurrency(sweep(), Resources((1, 1)))
     # An autoscaler brings the nodes of as many as the sweep asks for.
@@ -224,7 +235,7 @@ def test_a_trial_goes_on_from_what_it_was_given_even_if_it_had_been_further(tmp_
     def found(latest):
         given = SimpleNamespace(path=str(tmp_path / latest)) if latest else None
         monkeypatch.setattr("supmer_ray.sweep.trial.ray_tune.get_checkpoint", lambda: given)
-        return [snapshot.path[-1] for snapshot in TrialHost(1, gpu=False).snapshots()]
+        return [snapshot.path[-1] for snapshot in TrialHost(gpu=False).snapshots()]
 
     assert found("checkpoint_000003") == ["3", "2", "1"]
     assert found("checkpoint_000002") == ["2", "1"]

@@ -1,0 +1,33 @@
+"""What is said of a worker that failed, in the errors that Ray has for it."""
+
+import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from supmer_ray.meta.restarts import why_failed
+
+
+@pytest.fixture
+def died():
+    """What Ray Train hands over of a worker whose process is gone."""
+    message = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
+    context = ActorDiedErrorContext(
+        class_name="RayTrainWorker", actor_id=b"1" * 16, pid=9, node_ip_address="10.0.0.1", error_message=message
+    )
+    return WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: 17", ActorDiedError(context))
+
+
+def test_why_a_worker_died_is_said(died):
+    assert why_failed({0: died}) == (
+        "Worker 0 failed (The actor died unexpectedly before finishing this task. The actor is dead because its worker "
+        "process has died. Worker exit type: SYSTEM_ERROR)"
+    )
+
+
+def test_the_one_that_died_is_named_and_not_the_one_that_missed_it(died):
+    missed = RuntimeError("[/gloo/tcp/pair.cc:553] Connection closed by peer\n\tsomewhere")
+    assert why_failed({0: missed, 1: died}).startswith("Worker 1 failed (The actor died")
+    assert why_failed({0: missed}) == "Worker 0 failed ([/gloo/tcp/pair.cc:553] Connection closed by peer)"
+    assert why_failed({2: KeyError()}) == "Worker 2 failed (KeyError)"
+    assert len(why_failed({0: ValueError("long " * 1000)})) < 340
