@@ -275,13 +275,16 @@ def evaluate(
     from supmer_ray.fewshot.plan import TABLE, Plan
     from supmer_ray.fewshot.suite import Suite, load_curve, load_suite
 
+    varied = load_curve(curve) if curve else None
+    if varied and varied.key in [assignment.partition("=")[0].strip() for assignment in assignments]:
+        raise UserError(f"The curve varies {varied.key}, which was given as well; leave one of the two out.")
     chosen = load_suite(suite) if suite else build(Suite, {"name": "tasks", "tasks": _names(tasks or "")}, "--tasks")
     plan = Plan(
         chosen,
         [load_method(name) for name in _names(methods)],
         settings,
         seeds,
-        load_curve(curve) if curve else None,
+        varied,
         Place.of(store) if store else None,
         given,
         data,

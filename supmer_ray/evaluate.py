@@ -88,7 +88,7 @@ def evaluate(
     Raises:
         UserError: unusable input; what was finished before it stays in `out`, and where nothing was, nothing does.
     """
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
     rows = plan.read_tasks()
     if overwrite:

@@ -193,7 +193,7 @@ def accuracies(rows: pd.DataFrame) -> Figure:
         own = last[last["method"] == method].groupby(["train", "test"])["test_accuracy"]
         mean, spread = 100 * own.mean().reindex(pairs), 100 * own.std().reindex(pairs).fillna(0)
         axes.errorbar(
-            mean, starts - pitch * number, xerr=spread, fmt="os^Dv<>P"[number // len(SERIES) % 8],
+            mean, starts - pitch * number, xerr=spread, fmt=_marker(number),
             color=SERIES[number % len(SERIES)], markersize=4, elinewidth=1, label=method,
         )  # fmt: skip
     names = [pair_name(train, test, TWO_LINES) for train, test in pairs]
@@ -219,8 +219,9 @@ def curves(rows: pd.DataFrame, key: str, values: Sequence[Any]) -> Figure:
         places = np.arange(len(points)) + 0.03 * number
         colour = SERIES[number % len(SERIES)]
         axes.errorbar(
-            places, mean, yerr=spread, color=colour, marker="o", markersize=4, linewidth=1.4, elinewidth=1, label=method
-        )
+            places, mean, yerr=spread, color=colour, marker=_marker(number), markersize=4, linewidth=1.4, elinewidth=1,
+            label=method,
+        )  # fmt: skip
     axes.set_xticks(np.arange(len(points)), [str(value) for value in values])
     _labels(axes, key.split(".", 1)[1], "test accuracy, per cent")
     axes.legend(fontsize=8.5, ncols=2)
@@ -260,6 +261,11 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _marker(number: int) -> str:
+    """Of the line with this number: with its colour no other's, up to 64 lines."""
+    return "os^Dv<>P"[number // len(SERIES) % 8]
 
 
 def _labels(axes: Axes, across: str, up: str) -> None:

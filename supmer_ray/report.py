@@ -206,13 +206,12 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
         with _whole(folder / DESCRIPTION):
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             baseline, curve = described["config"]["baseline"], described["curve"]
-            shots = "varied" if curve and curve["key"] == "adapt.shots" else str(described["config"]["adapt"]["shots"])
             facts = {
                 "suite": described["suite"]["name"],
                 "tasks": str(rows["train"].nunique()),
                 "methods": str(rows["method"].nunique()),
                 "data seeds": str(described["seeds"]),
-                "K": shots,
+                "K": " or ".join(map(str, sorted(rows["shots"].unique()))),
                 "backbone": Path(described["config"]["backbone"]).name,
             }
     section = _Section(f"Evaluation {folder.name}", prefix)

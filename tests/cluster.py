@@ -89,7 +89,7 @@ class Cluster:
             raise
 
     def _autoscaler(self, gcs: int, growth: int) -> list[str]:
-        """What the head is started with so that Ray's autoscaler starts raylets of this machine, as its own tests do."""
+        """What the head is started with so that Ray's autoscaler starts raylets on this machine, as in its tests."""
         head = "f" * 51 + "00000"
         worker = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": growth}
         config = {

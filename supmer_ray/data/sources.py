@@ -13,7 +13,8 @@ changes. Files are read through pyarrow's filesystems, as Ray Data reads them, s
 | `hub:NAME` or `hub:NAME@CONFIGURATION` | the `text` of each row of the hub's data set, split "train" |
 | `bbc` | the train documents of that source of the catalog (write `./bbc` for a folder of that name) |
 
-`::COLUMN` at the end names another column than `text`. Text is UTF-8; bytes that are not are replaced.
+`::COLUMN` at the end names another column than `text`. Text is UTF-8; bytes that are not are replaced in .txt and .jsonl
+files, and refused elsewhere.
 """
 
 from __future__ import annotations
@@ -422,5 +423,5 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(
-            f"Cannot read {path} ({first_line(error)}); check that it can be reached and is whole."
+            f"Cannot read {path} ({first_line(error)}); check that it can be reached, is whole and is UTF-8."
         ) from None

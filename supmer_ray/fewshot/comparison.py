@@ -24,8 +24,8 @@ def paired(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """How much `scores` (n,) are above `baseline` (n,), entry by entry.
 
     Returns:
-        `difference`, the mean; `low` and `high`, its 95 % percentile bootstrap interval; `p` of the paired
-        t-test, two-sided. NaN where fewer than two pairs, or differences all alike, say nothing.
+        `difference`, the mean; `low` and `high`, its 95 % bootstrap interval; `p` of the paired t-test, two-sided.
+        NaN where fewer than two pairs, or differences all alike, say nothing.
     """
     import scipy.stats  # half of what the whole module takes to import, and a plan or a report may need no test
 
@@ -33,8 +33,13 @@ def paired(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     result = {"difference": float(differences.mean()), "low": np.nan, "high": np.nan, "p": np.nan}
     if len(differences) < 2 or np.ptp(differences) < 1e-12:
         return result
+    # The 2.5 % percentiles of resampled means would hold the mean in 83 % of the cases with five seeds and in 91 % with
+    # ten; taken as far out as Student's t says, in 92 and 95 % (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
+    count = len(differences)
+    far = np.sqrt(count / (count - 1)) * scipy.stats.t.ppf((1 + INTERVAL) / 2, count - 1)
+    level = min(1 - 2 * scipy.stats.norm.sf(far), 1 - 1e-9)
     bootstrap = scipy.stats.bootstrap(
-        (differences,), np.mean, confidence_level=INTERVAL, n_resamples=RESAMPLES, method="percentile", rng=0
+        (differences,), np.mean, confidence_level=level, n_resamples=RESAMPLES, method="percentile", rng=0
     )
     low, high = bootstrap.confidence_interval
     return result | {"low": float(low), "high": float(high), "p": float(scipy.stats.ttest_1samp(differences, 0).pvalue)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -256,6 +256,8 @@ class TaskDefinition(Section):
         require_columns(frame, (*self.texts, self.label, *self.where), where)
         for column, values in self.where.items():
             frame = frame[frame[column].map(str).isin(values)]
+        if frame.empty and not self.where:
+            raise UserError(f"There are no rows in {where}; give at least one.")
         if frame.empty:
             raise UserError(f"No row of {where} passes the 'where' of task '{self.name}'; mend its values.")
         numbers = frame.index + 1  # as the file counts its rows
@@ -264,7 +266,7 @@ class TaskDefinition(Section):
         if missing.any():
             row = numbers[missing.to_numpy().argmax()]
             raise UserError(f"Row {row} of {where} has no '{self.label}'; give it a label or leave the row out.")
-        texts = field_texts(frame, self.texts, where)
+        texts = field_texts(frame, self.texts, where, numbers)
         texts[self.label] = frame[self.label].map(str)
         unknown = ~texts[self.label].isin(self.labels)
         if unknown.any():
@@ -336,14 +338,19 @@ def require_same_labels(source: TaskDefinition, target: TaskDefinition) -> None:
         )
 
 
-def field_texts(frame: pd.DataFrame, fields: tuple[str, ...], where: str = "the input") -> pd.DataFrame:
+def field_texts(
+    frame: pd.DataFrame, fields: tuple[str, ...], where: str = "the input", numbers: Iterable[int] | None = None
+) -> pd.DataFrame:
     """The text columns as text; a missing cell is an empty text.
+
+    Args:
+        numbers: of the rows, for the message; unset: from 1.
 
     Raises:
         UserError: a cell of `frame`, which was read from `where`, holds a list or an object.
     """
     for field in fields:
-        for row, cell in enumerate(frame[field], 1):
+        for row, cell in zip(range(1, len(frame) + 1) if numbers is None else numbers, frame[field], strict=True):
             if isinstance(cell, list | tuple | dict | np.ndarray):
                 raise UserError(
                     f"Row {row} of {where} holds more than one text as '{field}'; give each its own column."
@@ -358,6 +365,8 @@ def _as_text(words: Mapping[Any, Any]) -> dict[str, str]:
         ValueError: something is empty, or no longer what was written.
     """
     for label, word in words.items():
+        if isinstance(word, list | dict):
+            raise ValueError(f"'{label}' has several words; give it one")
         for value in (label, word):
             # YAML turns a bare yes, no, true, false or null into something whose spelling is lost.
             if value is None or isinstance(value, bool):

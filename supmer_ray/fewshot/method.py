@@ -41,6 +41,13 @@ class Method(Section):
             raise ValueError(f"meta-training makes a prompt, but the method learns {self.learns}; leave 'meta' out")
         return self
 
+    @model_validator(mode="after")
+    def _draws_are_the_comparisons(self) -> Method:
+        for key in ("shots", "max_test"):
+            if key in self.adapt:
+                raise ValueError(f"'{key}' is the same for all methods that are compared; set adapt.{key} for all")
+        return self
+
     def run_config(self, base: RunConfig) -> RunConfig:
         """`base` with this method's changes: how its prompt is meta-trained.
 

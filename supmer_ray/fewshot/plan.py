@@ -216,6 +216,10 @@ class Plan:
                 f"prepare.backbone is '{prepare.backbone}', but the comparison is on '{backbone}'; write "
                 "--set backbone= alone."
             )
+        if self.data and not any(task.definition.published for task in rows.values()):
+            raise UserError("None of the tasks has files in a published layout; leave --data out.")
+        if self.store and prepare:
+            raise UserError("A store and sources for one were given; leave --store or prepare.sources out.")
         _once([task_name(entry.train) for entry in self.suite.tasks], "entries of the comparison")
         for cell in self.cells():
             _check_cell(cell, rows[cell.entry.train], [rows[name] for name in cell.entry.targets])

@@ -73,8 +73,9 @@ def read_tsv(file: Path) -> pd.DataFrame:
         header, *rows = (line.split("\t") for line in file.read_text(encoding="utf-8-sig").split("\n"))
     except FileNotFoundError:
         raise UserError(f"There is no file {file}; check the folder of the published files.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"Cannot read {file} as a table with tabs; use another copy of it.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = first_line(error)
+        raise UserError(f"Cannot read {file} as a table with tabs ({reason}); use another copy of it.") from None
     whole = [row for row in rows if len(row) == len(header)]
     if not whole:
         raise UserError(f"{file} holds no rows; give a file with at least one.")
@@ -101,6 +102,9 @@ def read_headerless(file: Path, header: tuple[str, ...]) -> pd.DataFrame:
 def _read_csv(file: Path) -> pd.DataFrame:
     options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     [header] = pd.read_csv(file, header=None, nrows=1, **options).to_numpy().tolist()
+    with file.open(encoding="utf-8-sig") as stream:
+        if len(header) == 1 and not stream.readline().strip():
+            raise UserError(f"The first line of {file}, which should name its column, is blank; remove it.")
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise UserError(f"{file} has two columns named '{twice}'; rename one.")
     # With one column an empty line is a row, an empty text.
@@ -142,22 +146,23 @@ def write_table(frame: pd.DataFrame, file: Path) -> None:
     """Write `frame` as `file` in one piece: a reader sees the old file or the whole new one.
 
     Raises:
-        UserError: a column of mixed kinds has no place in Parquet.
+        UserError: a column holds what the format has no place for, such as mixed kinds in Parquet.
     """
     ending = require_ending(file)
     with whole_file(file) as partial:
-        if ending == ".csv":
-            # Nothing but quotes keeps a carriage return within its cell, and pandas sets none for it.
-            returns = any("\r" in cell for column in frame for cell in frame[column] if isinstance(cell, str))
-            frame.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
-        elif ending == ".jsonl":
-            # Fifteen digits, the most that pandas writes.
-            layout = {"orient": "records", "lines": True, "date_format": "iso", "double_precision": 15}
-            frame.to_json(partial, force_ascii=False, **layout)
-        else:
-            try:
+        try:
+            if ending == ".csv":
+                # Nothing but quotes keeps a carriage return within its cell, and pandas sets none for it.
+                returns = any("\r" in cell for column in frame for cell in frame[column] if isinstance(cell, str))
+                frame.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+            elif ending == ".jsonl":
+                # Fifteen digits, the most that pandas writes.
+                layout = {"orient": "records", "lines": True, "date_format": "iso", "double_precision": 15}
+                frame.to_json(partial, force_ascii=False, **layout)
+            else:
                 frame.to_parquet(partial, index=False)
-            except pyarrow.ArrowException as error:
-                raise UserError(
-                    f"Cannot write {file} ({first_line(error)}); write a file that ends in .jsonl or .csv instead."
-                ) from None
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            others = " or ".join(one for one in ENDINGS if one != ending)
+            raise UserError(
+                f"Cannot write {file} ({first_line(error)}); write a file that ends in {others} instead."
+            ) from None

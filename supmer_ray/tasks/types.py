@@ -163,7 +163,8 @@ class TaskDraw:
     def _shares(self, domain: int, sizes: Sequence[int], domains: int) -> list[Iterator[int]]:
         """For each set where its items of a domain come from: the same row of items while it suffices for all."""
         rows = self.family.rows(domain, self.split)
-        wanted = -(-sum(sizes) // domains) * (2 if self.name in ("scsp", "scss") else 1)
+        # A set that is no multiple of its domains asks some of them once more than others.
+        wanted = sum(-(-size // domains) for size in sizes) * (2 if self.name in ("scsp", "scss") else 1)
         if len(rows) >= wanted or len(rows) < MINIMUM_ITEMS * len(sizes):
             return [self._items(rows)] * len(sizes)
         parts = np.array_split(self.generator.permutation(rows), len(sizes))

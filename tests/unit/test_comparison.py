@@ -30,9 +30,18 @@ def test_differences_are_taken_seed_by_seed():
     assert found["difference"] == pytest.approx(differences.mean())
     assert found["p"] == pytest.approx(scipy.stats.ttest_rel(BETTER, PT).pvalue)
     assert differences.min() < found["low"] < found["difference"] < found["high"] < differences.max()
-    # The bootstrap's interval is near the normal one, whose standard error is that of the mean.
-    error = differences.std() / np.sqrt(len(differences))
-    assert (found["high"] - found["low"]) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    # As wide as Student's, and shifted where the differences lean to one side.
+    student = scipy.stats.ttest_1samp(differences, 0).confidence_interval()
+    assert found["high"] - found["low"] == pytest.approx(student.high - student.low, rel=0.15)
+
+
+@pytest.mark.parametrize(("seeds", "least"), [(5, 0.89), (10, 0.92)])
+def test_the_interval_holds_what_it_says(monkeypatch, seeds, least):
+    """Draws with a true difference of 0: the interval holds it nearly as often as it says, with few seeds too."""
+    monkeypatch.setattr("supmer_ray.fewshot.comparison.RESAMPLES", 999)
+    generator = np.random.default_rng(0)
+    drawn = [paired(generator.normal(size=seeds), np.zeros(seeds)) for _ in range(400)]
+    assert least < np.mean([one["low"] <= 0 <= one["high"] for one in drawn]) < 0.98
 
 
 def test_pairing_finds_what_spread_would_hide():

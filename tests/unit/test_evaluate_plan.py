@@ -17,7 +17,7 @@ from supmer_ray.cluster import Resources
 from supmer_ray.config import EvaluateConfig
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _note, evaluate
-from supmer_ray.fewshot.method import load_method
+from supmer_ray.fewshot.method import Method, load_method
 from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.files import Place, require_new_place
@@ -190,6 +190,28 @@ def test_what_a_cell_or_a_store_would_refuse_is_refused_before_any_work(own_task
     with pytest.raises(UserError, match=sentence):
         evaluate(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_would_do_nothing_is_refused(own_task, tmp_path):
+    (tmp_path / "data").mkdir()
+    plan = make_plan(own_task(), adapt={"shots": 1})
+    with pytest.raises(UserError, match=r"^None of the tasks has files in a published layout; leave --data out\.$"):
+        evaluate(replace(plan, data=tmp_path / "data"), tmp_path / "out")
+    both = replace(make_plan(own_task(), adapt={"shots": 1}, prepare={"sources": ["bbc"]}), store=Place.of(tmp_path))
+    with pytest.raises(UserError, match=r"leave --store or prepare\.sources out"):
+        both.check(both.read_tasks())
+    with pytest.raises(ValueError, match="'max_test' is the same for all methods that are compared"):
+        Method(name="own", learns="prompt", adapt={"max_test": 100})
+
+
+def test_an_output_may_be_a_link(own_task, tmp_path, run_cell_by):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    run_cell_by(outcome)
+    plan = make_plan(own_task(), adapt={"shots": 1})
+    evaluate(plan, tmp_path / "out")
+    evaluate(plan, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "results.parquet").is_file()
 
 
 def test_an_evaluation_that_is_refused_before_any_work_leaves_nothing(own_task, tmp_path, monkeypatch):

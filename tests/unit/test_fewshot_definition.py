@@ -119,6 +119,7 @@ def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk, monkeypatch
         ({"fields": ["title", "title"]}, "listed twice"),
         ({"verbalizers": {"good": True, "bad": False}}, "YAML reads as False; put it in quotes"),
         ({"verbalizers": {"good": "great", "bad": " "}}, "label 'bad' has an empty word"),
+        ({"verbalizers": {"good": ["great", "fine"], "bad": "bad"}}, "'good' has several words; give it one"),
         ({"verbalizers": {"good": "great"}}, "'verbalizers' in .*weather.yaml"),
         ({"verbalizer": {"good": "great"}}, "Unknown key 'verbalizer' in .*weather.yaml; did you mean 'verbalizers'"),
         ({"data": {"catalog": "bbc-topic", "files": {"train": "a.csv", "test": "b.csv"}}}, "exactly one of catalog"),
@@ -181,6 +182,16 @@ def test_a_cell_with_several_texts_is_refused(tmp_path):
     definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}))
     with pytest.raises(UserError, match=r"Row 1 of .*rows.jsonl holds more than one text as 'body'"):
         definition.read()
+
+
+def test_rows_are_counted_as_the_file_counts_them_whatever_is_left_out(tmp_path):
+    left_out = '{"title": "a", "body": "b", "kind": "other"}\n'
+    (tmp_path / "rows.jsonl").write_text(left_out * 2 + '{"title": "a", "body": ["b", "c"], "kind": "good"}\n')
+    files = {"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}
+    with pytest.raises(UserError, match=r"Row 3 of .*rows.jsonl holds more than one text as 'body'"):
+        load_definition(task(tmp_path, data=files, where={"kind": ["good"]})).read()
+    with pytest.raises(UserError, match=r"No row of .*rows.jsonl passes the 'where' of task"):
+        load_definition(task(tmp_path, data=files, where={"kind": ["none"]})).read()
 
 
 def test_names_the_row_without_a_label(tmp_path):

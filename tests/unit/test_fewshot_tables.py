@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from supmer_ray.errors import UserError
-from supmer_ray.fewshot.tables import read_table, write_table
+from supmer_ray.fewshot.tables import read_table, read_tsv, write_table
 
 
 @pytest.mark.parametrize("text", ["a\rb", "a\nb", 'a "b", c', "007", "NA", ""])
@@ -43,6 +43,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, ending):
         ("a.csv", "text,label,text\na,1,b\n", r"two columns named 'text'; rename one"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud83d"}\n', r"^Line 2 of .* holds half of a character"),
         ("a.csv", "", r"Cannot read"),
+        ("a.csv", "\ntext\na\nb\n", r"^The first line of .*a\.csv, which should name its column, is blank"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, name, text, sentence):
@@ -50,3 +51,18 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, name, text, sentence):
     with pytest.raises(UserError, match=sentence) as refused:
         read_table(tmp_path / name)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "instead"),
+    [("a.parquet", 2**100, r"\.csv or \.jsonl instead"), ("a.jsonl", b"\xff", r"\.csv or \.parquet instead")],
+)
+def test_what_a_format_cannot_hold_is_one_sentence_and_no_file(tmp_path, name, cell, instead):
+    with pytest.raises(UserError, match=rf"^Cannot write .*{name} \(.*\); write a file that ends in {instead}\.$"):
+        write_table(pd.DataFrame({"id": pd.Series([cell], dtype=object)}), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_table(tmp_path):
+    with pytest.raises(UserError, match=r"^Cannot read .* as a table with tabs \(.*\); use another copy"):
+        read_tsv(tmp_path)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -236,6 +237,10 @@ def test_support_and_query_share_no_item_where_a_domain_holds_few(store):
     assert len(train.family.rows(0, "train")) >= 8
     one, other = train._shares(0, (4, 4), 1)
     assert one is other, "there are enough: a set goes on where the one before it has ended"
+    # Thirteen of four classes ask some class four times, in both sets: eight items.
+    seven = SimpleNamespace(rows=lambda domain, split: np.arange(7))
+    one, other = replace(train, store=SimpleNamespace(family=lambda name: seven))._shares(0, (13, 13), 4)
+    assert one is not other
 
 
 def test_too_few_domains_are_refused(store):
