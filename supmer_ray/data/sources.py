@@ -13,8 +13,8 @@ changes. Files are read through pyarrow's filesystems, as Ray Data reads them, s
 | `hub:NAME` or `hub:NAME@CONFIGURATION` | the `text` of each row of the hub's data set, split "train" |
 | `bbc` | the train documents of that source of the catalog (write `./bbc` for a folder of that name) |
 
-`::COLUMN` at the end names another column than `text`. Text is UTF-8; bytes that are not are replaced in .txt and .jsonl
-files, and refused elsewhere.
+`::COLUMN` at the end names another column than `text`. Text is UTF-8; bytes that are not are replaced in .txt and
+.jsonl files, and refused elsewhere.
 """
 
 from __future__ import annotations
