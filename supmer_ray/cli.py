@@ -1,4 +1,4 @@
-"""The command line: parsing only. Every verb calls the Python function of the same name.
+"""The command line: parsing only. Each verb hands its work to one Python function.
 
 Torch and Ray are imported inside the verbs, so that `supmer --help` answers at once.
 """
@@ -60,7 +60,9 @@ InStore = Annotated[str, typer.Option("--store", help="What 'supmer prepare' wro
 def prepare(
     source: Annotated[
         list[str],
-        typer.Option(help="Text: files, a folder, JSONL, Parquet, CSV, a datasets folder, a catalog name; repeatable."),
+        typer.Option(
+            help="Text: files, folders, s3://…, hub:NAME, a catalog name (txt, JSONL, Parquet, CSV); repeatable."
+        ),
     ],
     out: OutPlace,
     backbone: Annotated[
@@ -240,12 +242,14 @@ def evaluate(
     store: Annotated[str | None, typer.Option(help="What 'supmer prepare' wrote, to meta-train on.")] = None,
     checkpoint: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD=RUN/checkpoint, instead of meta-training it; 'supmer=embedded' ships."),
+        typer.Option(help="METHOD=RUN/checkpoint, not to meta-train it; supmer=embedded is the one that ships."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the benchmarks' published files.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with adapt, run and prepare; unset: on the embedded backbone what suits it."),
+        typer.Option(
+            help="YAML file with backbone, adapt, run, prepare, …; unset: on the embedded backbone what suits it."
+        ),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example adapt.rate=0.05.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,

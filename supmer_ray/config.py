@@ -107,7 +107,7 @@ class MetaConfig(Section):
     inner_rate: float | tuple[float, ...] | None = Field(
         None, description="α, or one α for each inner step; unset: θ's current outer rate, as in the reference"
     )
-    learn_inner_rates: bool = Field(False, description="meta-learn one α for each inner step (Meta-SGD)")
+    learn_inner_rates: bool = Field(False, description="meta-learn one positive α for each inner step")
     loss: Loss = Field(
         "vocabulary", description="answers: a task's answers are told from each other, not from all words"
     )

@@ -52,8 +52,8 @@ def require_path(folder: Path) -> None:
     """
     if scheme := next((part for part in folder.parts if re.fullmatch(r"[a-z][a-z0-9+.-]+:", part)), None):
         raise UserError(
-            f"A {scheme}//… address was given where a path is needed: in an object store may lie text, stores and the "
-            "runs of 'supmer train'; name a folder that every node sees."
+            f"A {scheme}//… address was given where a path is needed: only text, stores and runs of 'supmer train' may "
+            "lie in an object store; name a folder that every node sees."
         )
 
 

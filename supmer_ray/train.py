@@ -185,7 +185,7 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None) -> None:
             ) from failures[0]
         raise failures[0]
     if told and follow.step < plan.config.meta.steps:
-        raise Stopped(f"the run in {plan.out} was stopped; go on with it by --resume.")
+        raise Stopped(f"the run in {plan.out} was stopped; continue it with --resume.")
 
 
 def _conclude(place: Place, steps: int) -> TrainResult:

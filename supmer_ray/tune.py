@@ -102,7 +102,7 @@ def tune(
         with watching(Watch(config, out, progress)), sigterm_as_sigint():
             found = _tuner(config, trial, resume=resume).fit()
         if found.num_terminated + found.num_errors < config.samples:
-            raise Stopped(f"the sweep in {out} was stopped; go on with it by --resume.")
+            raise Stopped(f"the sweep in {out} was stopped; continue it with --resume.")
         return _conclude(config, found, out)
 
 

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # busy process they took the cores from those that they waited for: steps were ten times slower on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_ADDRESS"] = "local"
-# The tests' own servers are never behind the machine's proxy.
+# The tests' own servers are never behind a proxy.
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
 # Whether a check of everyone's passes does not hang on which examples are drawn today; a developer's look further.

@@ -24,15 +24,14 @@ def main() -> int:
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
+    _write(options, report)
     if options.out:
-        _write(options, report)
         print(f"\nJSON: {options.out}")
     return 0
 
 
 def _write(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, report)
 
 

@@ -33,7 +33,7 @@ RUN: dict[str, Any] = {
     "meta": {"steps": 20, "inner_rate": 0.1},
     "schedule": {"validate_every": 20, "validation_tasks": 1, "checkpoint_every": 20},
 }
-"""The quickstart's step, for the share of it that waits for data."""
+"""A small run, for the share of it that waits for data."""
 
 
 def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def measure_fewshot(device: str, repeats: int, say: Callable[[str], None]) -> di
 
     Of the ways that go one by one, the first takes our forward, the others the library's with every example padded: to
     the longest that these runs allow, and to what the published code pads to. On a CPU, seconds of its cores count
-    beside those of the clock: others who use the machine do not change them much.
+    beside those of the clock: other load changes them little.
     """
     ours, padded, published = (load_backbone("embedded", device=device) for _ in range(3))
     padded.forward = PaddedForward(padded.model, PROMPT + CONFIG.max_length)

@@ -2,7 +2,7 @@
 
 A name goes in, a folder that `AutoModelForSeq2SeqLM` loads comes out. This package ships a decoder and the upper layers
 of an encoder (`weights.safetensors`, see CARD.md), settings that suit them, and a prompt and regularizer that were
-meta-trained on them (`learned/`, see learned/CARD.md); what lies below the layers is fetched from the package registry.
+meta-trained on them (`learned/`, see learned/CARD.md); what lies below the layers is fetched from the package index.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def resolve(name: str) -> str:
 
 def settings_for(backbone: str) -> dict[str, Any]:
     """What `train`, `adapt` and `evaluate` start from on `backbone`: our settings on ours, nothing on any other."""
-    # Not at the top: the benchmark's machine with a GPU needs `resolve`, and may lack pydantic.
+    # Not at the top: who only loads a backbone asks for `resolve`, and needs no pydantic.
     from supmer_ray.reading import read_yaml
 
     return read_yaml(SETTINGS) if backbone == "embedded" else {}

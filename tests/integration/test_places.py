@@ -129,7 +129,7 @@ def test_a_run_in_an_object_store_is_stopped_and_resumed(undisturbed, tiny_store
         if sum(row["kind"] == "step" for row in said) == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Stopped, match="go on with it by --resume"):
+    with pytest.raises(Stopped, match="continue it with --resume"):
         train(config, bucket.store, out, progress=stop)
     with pytest.raises(UserError, match="already holds a run"):
         train(config, bucket.store, out)
