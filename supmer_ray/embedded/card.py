@@ -108,8 +108,8 @@ def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command:
         minutes=done.seconds / 60,
         command=command,
         changes="".join(
-            f"\nUp to block {block}, of {config.batches} steps each, the run was planned for {blocks} blocks, which set "
-            "how fast its rate fell there.\n"
+            f"\nUp to block {block}, of {config.batches} steps each, the run was planned for {blocks} blocks, which "
+            "set how fast its rate fell there.\n"
             for block, blocks in done.changes
         ),
         held_out=HELD_OUT,
