@@ -188,7 +188,7 @@ def test_of_two_runs_that_start_at_once_one_waits(undisturbed, tiny_store, tmp_p
         for run in runs:
             run.kill()
     assert [run.returncode for run in runs] == [0, 0], said
-    assert sum("The run waits for" in text for text in said) == 1
+    assert sum("The run waits until the cluster has room" in text for text in said) == 1
     for name in ("one", "other"):
         assert_same_weights(tmp_path / name / "checkpoint", undisturbed.checkpoint)
 
