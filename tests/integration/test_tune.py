@@ -71,6 +71,27 @@ def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_a_sweep_that_waits_for_room_says_so(tiny_store, tmp_path):
+    assert_all_is_free()
+    holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=1.5).remote()
+    said = []
+
+    def progress(done, total, best, steps, note):
+        if note:
+            said.append((done, total, note))
+            ray.cancel(holder, force=True)
+
+    try:
+        result = tune(sweep(samples=1), tiny_store, tmp_path / "sweep", progress=progress)
+    finally:
+        ray.cancel(holder, force=True)
+    sentence = (
+        "The sweep waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
+    )
+    assert said == [(0, 1, sentence)]
+    assert list(result.trials["state"]) == ["finished"]
+
+
 def test_early_stopped_trials_leave_nothing_taken_and_the_best_can_be_trained(tiny_store, tmp_path):
     space = {**RATE, "tasks.mixture": {"simplex": ["nsp", "nss", "scsp", "scss", "scc"]}}
     config = sweep(space=space, samples=4, search="tpe", asha={"grace_steps": 2, "reduction": 2})
