@@ -47,17 +47,17 @@ class RunPlan:
     Attributes:
         store: what `prepare` wrote.
         out: the folder of the metrics file, seen by all nodes.
-        beside: how many workers share a node, with those of other runs of a sweep.
         validation_types: the task types to validate on; None: those of the mixture.
         objective: reported with a snapshot after each validation, in place of the regular snapshots.
+        beside: how many workers share a node, with those of other runs of a sweep.
     """
 
     config: RunConfig
     store: Place
     out: Place
-    beside: int = 1
     validation_types: tuple[str, ...] | None = None
     objective: Objective | None = None
+    beside: int = 1
 
 
 def worker_loop(settings: dict[str, Any]) -> None:

@@ -173,7 +173,7 @@ class Trial:
         place.local.mkdir(parents=True, exist_ok=True)
         try:
             config = run_config(self.config, settings_of(self.config, sample))
-            plan = RunPlan(config, self.store, place, self._beside(), self.types, self.objective)
+            plan = RunPlan(config, self.store, place, self.types, self.objective, self._beside())
             if config.workers.count == 1:
                 meta_train(plan, TrialHost(gpu=self.gpu))
             else:
