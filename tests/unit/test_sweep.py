@@ -26,7 +26,7 @@ def sweep(**update):
     return build(SweepConfig, {**SMALL, **update}, "sweep.yaml")
 
 
-@pytest.mark.parametrize("name", ["inner_rates", "task_mixture", "joint", "smoke", "population"])
+@pytest.mark.parametrize("name", ["inner_rates", "task_mixture", "joint", "embedded", "smoke", "population"])
 def test_every_shipped_space_gives_configurations_that_can_run(name):
     config = load_sweep_config(CONFIGS / f"{name}.yaml")
     generator = np.random.default_rng(0)
