@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from supmer_ray.errors import UserError
 from supmer_ray.golden import TOLERANCE, differences, load_golden
 
 _PACKAGES = ("supmer-ray", "torch", "transformers", "ray", "datasets", "pyarrow", "pandas", "safetensors")
@@ -22,7 +23,10 @@ def replay(file: Path) -> int:
         UserError: the file is missing or is not a golden file.
     """
     golden = load_golden(file)
-    found = differences(golden)
+    try:
+        found = differences(golden)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} or its JSON is not whole: it lacks {error}.") from None
     width = max(map(len, found))
     print(f"{file}: {golden.tasks} tasks, T5 with d = {golden.backbone.d_model}, float64")
     for quantity, difference in found.items():
@@ -40,7 +44,6 @@ def describe() -> None:
     from supmer_ray.cluster import connect, require_room
     from supmer_ray.config import WorkersConfig
     from supmer_ray.embedded import resolve
-    from supmer_ray.errors import UserError
     from supmer_ray.registry import home
 
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -53,8 +53,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old-{uuid.uuid4().hex[:8]}")
             folder.rename(old)
-            scratch.rename(folder)
-            shutil.rmtree(old)
+            try:
+                scratch.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # on NFS what another process still reads stays
         else:
             scratch.rename(folder)
     finally:

@@ -70,7 +70,7 @@ def load_golden(file: Path) -> Golden:
         backbone = Backbone(model, None, str(file))
         backbone.pad = model.config.pad_token_id or 0
         return Golden(tensors, facts, backbone, regularizer)
-    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{file} or its JSON is not a golden file of the meta-step: {error}.") from None
 
 

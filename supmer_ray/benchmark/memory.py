@@ -13,12 +13,12 @@ import torch
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Most bytes held during the block: allocated on a GPU; resident above the start on a CPU, looked at often."""
+    """Most bytes that the block held above those before it: allocated on a GPU; resident on a CPU, looked at often."""
     if device.type == "cuda":
-        found = [0]
+        found, before = [0], torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         yield found
-        found[0] = torch.cuda.max_memory_allocated()
+        found[0] = torch.cuda.max_memory_allocated() - before
         return
     gc.collect()
     before = _resident()

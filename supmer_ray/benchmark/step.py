@@ -130,6 +130,7 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
         "model_flops": flops,
         "tokens": tokens,
         "matrix_flops_per_second": peak,
+        "weights_bytes": {name: sum(part.nbytes for part in own.model.parameters()) for name, own in owns.items()},
         "saved_bytes_per_token": None if settings.checkpointing else _saved_bytes(settings, lengths, device),
         "variants": rows,
     }

@@ -205,7 +205,10 @@ class WordExamples:
     def _hint(
         self, kind: str, prompt: list[int], words: np.ndarray, weights: np.ndarray, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Put one of the answers and other words into the rows of `prompt`; that answer is asked for then."""
+        """Put one of the answers and other words into the rows of `prompt`; that answer is asked for then.
+
+        Where the rows are fewer than the words, the answer may be among those that are left out.
+        """
         at = int(generator.choice(len(words), p=weights / weights.sum()))
         ids, share = self._common[kind]
         others = generator.choice(ids, int(generator.integers(1, MOST_CLASSES)), p=share)

@@ -213,7 +213,7 @@ def run_gradients(
         drawn: for each run the numbers of its examples in this step.
     """
     rows, task = pool.rows(drawn)
-    sizes = torch.tensor([len(numbers) for numbers in drawn], device=prompts.device)
+    sizes = to_device(np.array([len(numbers) for numbers in drawn]), prompts.device)
     cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget or backbone.token_budget)
     batches = (pool.collate(backbone, rows[chosen], task[chosen], prompts.shape[1]) for chosen in cuts)
     return prompt_gradients(backbone, prompts, batches, sizes, answers_only=answers_only)
@@ -265,6 +265,8 @@ def _regularized(runs: Sequence[AdaptRun], gradients: Tensor, embeddings: Tensor
     groups: dict[int, list[int]] = {}
     for number, run in enumerate(runs):
         groups.setdefault(id(run.regularizer), []).append(number)
+    if len(groups) == 1:
+        return runs[0].regularizer(gradients, embeddings)[0]
     result = torch.empty_like(gradients)
     for numbers in groups.values():
         result[numbers], _ = runs[numbers[0]].regularizer(gradients[numbers], embeddings[numbers])

@@ -58,10 +58,11 @@ def finetune(
             found = evaluate(step)
             if found.beats(best):
                 best, kept = found, _weights(tuned)
-    tuned.model.load_state_dict(kept)
+    tuned.model.load_state_dict(kept, strict=False)
     # What is only read from here on may take the fastest forward, for which weights are constants.
     return Backbone(model, backbone.tokenizer, backbone.name), best
 
 
 def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in backbone.model.state_dict().items()}
+    # Not the state dict, which has a tied table under each of its names.
+    return {name: value.detach().clone() for name, value in backbone.model.named_parameters()}

@@ -42,8 +42,8 @@ class Forward(Protocol):
         """Packed (N, d) embeddings → packed (N, d) last hidden states."""
         ...
 
-    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor) -> Tensor:
-        """Packed (N, d) states, (B, T) decoder ids → (B, T, vocabulary) logits."""
+    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor, first: int = 0) -> Tensor:
+        """Packed (N, d) states, (B, T) decoder ids → (B, T − first, vocabulary) logits, from position `first` on."""
         ...
 
 
@@ -82,6 +82,8 @@ class Backbone:
         self.name = name
         self.forward = forward or forward_of(model)
         self.embedding: torch.nn.Embedding = model.get_encoder().get_input_embeddings()
+        # Some encoders (Pegasus, Marian) scale what they look up themselves, others have an embedding that does.
+        self._scale: float = getattr(model.get_encoder(), "embed_scale", 1.0)
         self.d_model: int = self.embedding.embedding_dim
         encoder_config = getattr(model.config, "encoder", model.config)
         self.max_positions: int | None = getattr(encoder_config, "max_position_embeddings", None)
@@ -178,15 +180,24 @@ class Backbone:
         On a CPU they, and all states after them, are float32 even where the weights are bfloat16.
         """
         embeddings = self.embedding(input_ids)
+        if self._scale != 1.0:
+            embeddings = embeddings * self._scale
         return embeddings.float() if half_on_cpu(embeddings) else embeddings
 
     def encode(self, embeddings: Tensor, layout: Layout) -> Tensor:
         """Packed (N, d) embeddings → packed (N, d) last hidden states of the encoder."""
         return self.forward.encode(embeddings, layout)
 
-    def logits(self, states: Tensor, layout: Layout, decoder_input_ids: Tensor) -> Tensor:
-        """Packed (N, d) encoder states, decoder ids (B, T) → (B, T, vocabulary) logits, float32 or wider."""
-        logits = self.forward.decode(states, layout, decoder_input_ids)
+    def logits(self, states: Tensor, layout: Layout, decoder_input_ids: Tensor, first: int = 0) -> Tensor:
+        """Packed (N, d) encoder states, decoder ids (B, T) → logits, float32 or wider.
+
+        Args:
+            first: logits are asked from this decoder position on; the vocabulary is large.
+
+        Returns:
+            (B, T − first, vocabulary).
+        """
+        logits = self.forward.decode(states, layout, decoder_input_ids, first)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def checkpoint_activations(self) -> None:
@@ -227,7 +238,7 @@ class Backbone:
         """(count, d) float32: embeddings of random vocabulary ids under `below`, the start of a prompt."""
         below = min(below, self.embedding.num_embeddings)
         ids = torch.randint(below, (count,), generator=generator)
-        return self.embedding.weight[ids.to(self.device)].detach().float().clone()
+        return self.embed(ids.to(self.device)).detach().float().clone()
 
 
 def _spread(size: int, most: int = 256) -> np.ndarray:

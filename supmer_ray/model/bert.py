@@ -39,8 +39,8 @@ class BertForward:
             x = self._feed_forward(layer, x)
         return x
 
-    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor) -> Tensor:
-        """Packed (N, d) states, (B, T) decoder ids → (B, T, vocabulary) logits."""
+    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor, first: int = 0) -> Tensor:
+        """Packed (N, d) states, (B, T) decoder ids → (B, T − first, vocabulary) logits, from position `first` on."""
         count, steps = decoder_ids.shape
         rectangle, held = layout.rectangle(states)
         embeddings = self._decoder.embeddings
@@ -63,9 +63,10 @@ class BertForward:
             x = self._added(cross.output, x, found)
             x = self._feed_forward(layer, x)
         dense = self._transform.dense
-        x = self._transform.transform_act_fn(product(x, dense.weight, dense.bias))
+        asked = x.view(count, steps, -1)[:, first:].flatten(0, 1)
+        x = self._transform.transform_act_fn(product(asked, dense.weight, dense.bias))
         x = self._normed(x, self._transform.LayerNorm)
-        return product(x, self._head.weight, self._head.bias).view(count, steps, -1)
+        return product(x, self._head.weight, self._head.bias).view(count, steps - first, -1)
 
     def _embedded(self, embeddings: Any, words: Tensor, places: Tensor) -> Tensor:
         own = embeddings.position_embeddings(places) + embeddings.token_type_embeddings.weight[0]

@@ -24,15 +24,15 @@ class LibraryForward:
         states = states.last_hidden_state
         return torch.cat([own[:width] for own, width in zip(states.unbind(), layout.widths, strict=True)])
 
-    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor) -> Tensor:
-        """Packed (N, d) states, (B, T) decoder ids → (B, T, vocabulary) logits."""
+    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor, first: int = 0) -> Tensor:
+        """Packed (N, d) states, (B, T) decoder ids → (B, T − first, vocabulary) logits, from position `first` on."""
         rectangle, held = layout.rectangle(states)
         return self._model(
             encoder_outputs=BaseModelOutput(last_hidden_state=rectangle),
             attention_mask=_mask(rectangle, held),
             decoder_input_ids=decoder_ids,
             use_cache=False,
-        ).logits
+        ).logits[:, first:]
 
 
 def _mask(rectangle: Tensor, held: Tensor | None) -> Tensor:

@@ -130,7 +130,7 @@ def label_losses(
         answers_only: only the answer's position counts, and p there is among the example's choices alone.
     """
     if answers_only:
-        logits = backbone.logits(states, layout, rows.decoder_input_ids[:, : ANSWER + 1])[:, ANSWER]
+        logits = backbone.logits(states, layout, rows.decoder_input_ids[:, : ANSWER + 1], first=ANSWER)[:, 0]
         return -choice_log_p(logits, rows.choices, rows.labels[:, ANSWER])
     logits = backbone.logits(states, layout, rows.decoder_input_ids)
     losses = torch.nn.functional.cross_entropy(
@@ -181,12 +181,15 @@ def prompt_gradients(
         real = layout.real(prompts.device).to(prompts.dtype)
         member = torch.zeros(tasks, layout.positions, dtype=prompts.dtype, device=prompts.device)
         member.scatter_(0, rows.task[layout.examples(prompts.device)][None], real[None])
-        sums += member @ states.detach().to(prompts.dtype)
+        # What one task has that is not finite stays its own: its gradient tells, and 0 · NaN would be every task's.
+        sums += member @ states.detach().to(prompts.dtype).nan_to_num(0.0, 0.0, 0.0)
         positions += member.sum(dim=1)
     return gradients, sums / positions[:, None], losses
 
 
 def answer_logits(backbone: Backbone, states: Tensor, layout: Layout) -> Tensor:
     """(B, vocabulary) logits of the word that follows the sentinel, for scoring verbalizers."""
-    decoder_ids = torch.tensor([[backbone.start, backbone.sentinel]], device=states.device).expand(len(layout), 2)
-    return backbone.logits(states, layout, decoder_ids)[:, ANSWER]
+    # Filled on the device: a copy from the host would wait for the encoder.
+    decoder_ids = torch.full((len(layout), ANSWER + 1), backbone.sentinel, device=states.device)
+    decoder_ids[:, 0] = backbone.start
+    return backbone.logits(states, layout, decoder_ids, first=ANSWER)[:, 0]

@@ -55,7 +55,8 @@ class T5Forward:
         config = model.config
         self._heads: int = config.num_heads
         self._eps: float = config.layer_norm_epsilon
-        scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+        # mT5 ties its embeddings and does not scale.
+        scaled = getattr(config, "scale_decoder_outputs", config.model_type == "t5" and config.tie_word_embeddings)
         self._output_scale = config.d_model**-0.5 if scaled else 1.0
         self._bias: Tensor | None = None
         self._merged: dict[int, Tensor] = {}
@@ -71,13 +72,12 @@ class T5Forward:
                 x = self._encoder_block(block, x, layout, bias)
         return self._norm(x, self._encoder.final_layer_norm).to(x.dtype)
 
-    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor) -> Tensor:
-        """Packed (N, d) states, (B, T) decoder ids → (B, T, vocabulary) logits."""
+    def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor, first: int = 0) -> Tensor:
+        """Packed (N, d) states, (B, T) decoder ids → (B, T − first, vocabulary) logits, from position `first` on."""
         count, steps = decoder_ids.shape
         rectangle, held = layout.rectangle(states)
         x = self._decoder.embed_tokens(decoder_ids).to(states.dtype)
-        first = self._decoder.block[0].layer[0].SelfAttention
-        bias = first.compute_bias(steps, steps)
+        bias = self._decoder.block[0].layer[0].SelfAttention.compute_bias(steps, steps)
         causal = torch.full((steps, steps), -torch.inf, dtype=bias.dtype, device=x.device).triu(1)
         bias = (bias + causal).detach()
         whole = Layout((steps,) * count, (steps,) * count)
@@ -94,8 +94,9 @@ class T5Forward:
             heads = pooled_cross_attention(queries, rectangle, held, key, value, 1.0)
             x = add_product(x, heads.view(count * steps, -1), attend.o.weight)
             x = self._feed_forward(x, feed)
-        x = self._norm(x, self._decoder.final_layer_norm) * self._output_scale
-        return product(x, self._head.weight).view(count, steps, -1)
+        asked = x.view(count, steps, -1)[:, first:].flatten(0, 1)
+        x = self._norm(asked, self._decoder.final_layer_norm) * self._output_scale
+        return product(x, self._head.weight).view(count, steps - first, -1)
 
     def constants(self) -> list[Tensor]:
         """What it has made of the weights at its first use, and keeps."""

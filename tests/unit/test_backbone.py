@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_tiny_bart, make_tiny_t5
-from transformers import AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+)
 
 from supmer_ray.data.embed import _means, mean_pooled
 from supmer_ray.errors import UserError
-from supmer_ray.model.backbone import _spread, load_backbone
+from supmer_ray.model.backbone import Backbone, _spread, load_backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted
 
@@ -56,6 +62,26 @@ def test_a_backbone_that_has_embedded_sentences_still_gives_gradients(folder):
     x = backbone.embed(torch.tensor(inputs[0])).requires_grad_()
     backbone.encode(x, Layout((len(x),), (len(x),))).sum().backward()
     assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("scaled_by", ["encoder", "embedding"])
+def test_embeddings_are_as_long_as_the_encoder_reads_them(scaled_by):
+    """Pegasus' encoder scales what it has looked up, mBART's embedding does: both as well where a prompt begins."""
+    config, model = {
+        "encoder": (PegasusConfig, PegasusForConditionalGeneration),
+        "embedding": (MBartConfig, MBartForConditionalGeneration),
+    }[scaled_by]
+    small = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    torch.manual_seed(0)
+    made = model(config(vocab_size=50, d_model=16, encoder_ffn_dim=8, decoder_ffn_dim=8, scale_embedding=True, **small))
+    backbone = Backbone(made, None, "scaled")
+    ids = torch.tensor([5, 6, 7, 8])
+    wanted = made.get_encoder()(input_ids=ids[None]).last_hidden_state[0]
+    torch.testing.assert_close(backbone.encode(backbone.embed(ids), Layout((4,), (4,))), wanted)
+    rows = backbone.random_rows(3, 50, torch.Generator().manual_seed(0))
+    same = torch.randint(50, (3,), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rows, backbone.embed(same).detach())
+    assert rows.norm(dim=1).median() > 2 * made.get_input_embeddings().weight.norm(dim=1).median()
 
 
 @pytest.mark.parametrize("keys", [(5, 5, 5), (5, 2, 4)])

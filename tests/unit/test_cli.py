@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import resource
 import shutil
@@ -294,3 +295,11 @@ def test_doctor_refuses_what_is_no_golden_file(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     (tmp_path / "bad.json").write_text("{}")
     assert "is not a golden file" in refused("doctor", "--golden", tmp_path / "bad.safetensors")
+    shutil.copy(FIXTURE, tmp_path / "part.safetensors")
+    facts = json.loads(FIXTURE.with_suffix(".json").read_text())
+    (tmp_path / "part.json").write_text(json.dumps({key: facts[key] for key in facts if key != "per_task"}))
+    assert "or its JSON is not whole: it lacks 'per_task'." in refused(
+        "doctor", "--golden", tmp_path / "part.safetensors"
+    )
+    (tmp_path / "part.json").write_text("[]")
+    assert "is not a golden file" in refused("doctor", "--golden", tmp_path / "part.safetensors")

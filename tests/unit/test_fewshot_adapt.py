@@ -92,6 +92,19 @@ def runs(backbone) -> list[AdaptRun]:
 CONFIG = AdaptConfig(shots=4, steps=6, batch=4, rate=0.1, evaluate_every=4)
 
 
+def test_a_run_that_is_no_number_any_more_does_not_spoil_the_others(backbone, runs):
+    prompts = torch.stack([run.prompt for run in runs])
+    pool = _Pool([run.train.examples for run in runs])
+    drawn = [next(training_batches(run, CONFIG.batch)) for run in runs]
+    wanted = run_gradients(backbone, prompts.clone().requires_grad_(), pool, drawn, token_budget=None)
+    prompts[1] = torch.nan
+    found = run_gradients(backbone, prompts.requires_grad_(), pool, drawn, token_budget=None)
+    others = [0, 2, 3]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one[others], other[others])
+    assert not found[0][1].isfinite().any()
+
+
 @pytest.mark.parametrize("answers_only", [False, True])
 def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs, answers_only):
     prompts = torch.nn.Parameter(torch.stack([run.prompt for run in runs]))

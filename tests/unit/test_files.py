@@ -149,6 +149,22 @@ def test_a_number_sign_would_end_an_address(tmp_path):
         Place(f"file://{tmp_path}/run#1").read("x")
 
 
+def test_what_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "old").write_text("")
+    rename = Path.rename
+
+    def no_second(path, target):
+        if ".partial-" in path.name:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", no_second)
+    with pytest.raises(OSError, match="Input/output"), whole_folder(tmp_path / "store") as folder:
+        (folder / "new").write_text("")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["store", "store/old"]
+
+
 def test_what_a_link_leads_to_is_replaced_in_its_place(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "old").write_text("")

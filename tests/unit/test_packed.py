@@ -7,7 +7,15 @@ import shutil
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, T5Config
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+)
 from transformers import T5ForConditionalGeneration as T5
 
 from supmer_ray.model.backbone import forward_of
@@ -19,9 +27,15 @@ from supmer_ray.model.t5 import T5Forward, _RootMeanSquare
 D = 64
 
 
+T5_SHAPE = {"vocab_size": 150, "d_model": D, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 4}
+
+
 def t5(**settings):
-    shape = {"vocab_size": 150, "d_model": D, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 4}
-    return T5(T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0, **settings))
+    return T5(T5Config(**T5_SHAPE, dropout_rate=0.0, decoder_start_token_id=0, **settings))
+
+
+def mt5():
+    return MT5ForConditionalGeneration(MT5Config(**T5_SHAPE, dropout_rate=0.0, decoder_start_token_id=0))
 
 
 def bert():
@@ -34,6 +48,7 @@ def bert():
 MODELS = {
     "t5": t5,
     "t5 v1.1": lambda: t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": mt5,
     "bert": bert,
 }
 
@@ -71,6 +86,17 @@ def test_packed_is_the_library(name, layout):
     expected = run(LibraryForward(copy.deepcopy(model)), embeddings, layout)
     for found, wanted in zip(run(forward_of(model), embeddings, layout), expected, strict=True):
         assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("library", [False, True], ids=["ours", "library"])
+def test_logits_from_a_position_on_are_those_of_all(name, library):
+    model, layout = make(name).double(), LAYOUTS["different"]
+    forward = LibraryForward(model) if library else forward_of(model)
+    states = forward.encode(torch.randn(layout.positions, D, dtype=torch.float64), layout)
+    ids = torch.tensor([[0, 5, 7]]).expand(len(layout), 3)
+    whole = forward.decode(states, layout, ids)
+    assert_close(forward.decode(states, layout, ids, 1), whole[:, 1:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
