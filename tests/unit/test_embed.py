@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from supmer_ray.data import embed
-from supmer_ray.data.embed import Embedder, Stretch
+from supmer_ray.data.embed import Embedder, Stretch, frame
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 
@@ -38,3 +38,9 @@ def test_what_half_precision_cannot_hold_is_refused(embedder, tmp_path, value):
     with pytest.raises(UserError, match=r"^The backbone 'tiny' turns some sentences into numbers .* beyond 65504, "):
         embedder([[1, 2], [3, value], [5, 6], [7, 8]]).embed(STRETCH)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_that_is_too_long_for_the_positions_loses_its_end():
+    backbone = SimpleNamespace(max_positions=6, prefix=[101], suffix=[102])
+    assert frame(backbone, np.array([7, 8]), np.array([9, 10, 11])).tolist() == [101, 7, 8, 9, 10, 102]
+    assert frame(backbone, np.array([7])).tolist() == [101, 7, 102]

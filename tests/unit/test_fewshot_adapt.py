@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import make_tiny_t5
 
 from supmer_ray.config import AdaptConfig
 from supmer_ray.errors import UserError
@@ -30,7 +31,6 @@ from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import encode_prompted, label_losses
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
 from supmer_ray.tasks.collate import collate
-from tests.tiny import make_tiny_t5
 
 NOUNS = ["film", "story", "day", "rain", "house", "river", "bread", "song", "road", "light"]
 LIKED, DISLIKED = ["fine", "sunny", "warm", "sweet", "bright"], ["dull", "bitter", "cold", "grey", "broken"]
@@ -181,6 +181,14 @@ def test_the_best_step_counts_step_0_and_the_prompt_is_that_steps(backbone, runs
         assert (probabilities.argmax(axis=1) == run.dev.answers).mean() == pytest.approx(best.accuracy)
         if best.step == 0:
             torch.testing.assert_close(result.prompt, run.prompt.float())
+
+
+def test_the_test_split_is_scored_with_the_prompt_that_was_chosen(backbone, runs):
+    """Where the test split is the dev split, it is known what must come out."""
+    config = CONFIG.model_copy(update={"loss": "answers", "rate": 0.3, "steps": 16, "evaluate_every": 2})
+    results = adapt(backbone, [replace(run, test=run.dev) for run in runs], config)
+    assert [result.test_accuracy for result in results] == [result.best.accuracy for result in results]
+    assert any(result.evaluations[-1].accuracy < result.best.accuracy for result in results)
 
 
 def test_training_lowers_the_loss_of_what_it_trains_on(backbone, runs):
@@ -393,7 +401,7 @@ def test_predict_asks_for_each_candidate_and_counts_rows(adapted, tmp_path):
     assert [{key: row[key] for key in rows[0]} for row in written] == rows
     assert written[0]["predicted_label"] in ("A", "B") and 0.5 <= written[0]["probability"] <= 1
     assert (written[1]["predicted_label"], written[1]["probability"]) == ("B", 1.0)
-    with pytest.raises(UserError, match=r"Cannot write .*out.parquet .*; write a file that ends in .jsonl or .csv"):
+    with pytest.raises(UserError, match=r"Cannot write .*out.parquet .*; write a file that ends in .csv or .jsonl"):
         predict(folder, source, tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
     with pytest.raises(UserError, match=r"A s3://… address was given where a path is needed"):

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_tiny_bart, make_tiny_t5
 
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import TaskDefinition
@@ -12,7 +13,6 @@ from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabil
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.formats import shortened
-from tests.tiny import make_tiny_bart, make_tiny_t5
 
 TEXT = "the film was great terrible and a fine story about rain question answer yes no in sunny places"
 WORDS = TEXT.split()

@@ -5,7 +5,10 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from supmer_ray.meta.restarts import why_failed
+from supmer_ray.files import Place
+from supmer_ray.meta.record import read_rows
+from supmer_ray.meta.restarts import TellRestarts, why_failed
+from supmer_ray.meta.run import REFUSAL_FILE
 
 
 @pytest.fixture
@@ -31,3 +34,16 @@ def test_the_one_that_died_is_named_and_not_the_one_that_missed_it(died):
     assert why_failed({0: missed}) == "Worker 0 failed ([/gloo/tcp/pair.cc:553] Connection closed by peer)"
     assert why_failed({2: KeyError()}) == "Worker 2 failed (KeyError)"
     assert len(why_failed({0: ValueError("long " * 1000)})) < 340
+
+
+def test_each_restart_is_told_and_neither_the_end_nor_a_refusal(tmp_path):
+    told = TellRestarts(Place.of(tmp_path), 2)
+    for _ in range(3):
+        told.after_exception(None, {0: KeyError()})
+    said = [
+        f"Worker 0 failed (KeyError); the run goes on from its last snapshot, restart {n} of at most 2." for n in (1, 2)
+    ]
+    assert [row["text"] for row in read_rows(tmp_path, "notice")] == said
+    (tmp_path / REFUSAL_FILE).write_text("There is no store.")
+    TellRestarts(Place.of(tmp_path), 2).after_exception(None, {0: KeyError()})
+    assert len(read_rows(tmp_path, "notice")) == 2

@@ -4,8 +4,9 @@ import hashlib
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import make_tiny_t5
 
-from supmer_ray.data.sentences import cut, split
+from supmer_ray.data.sentences import cut, split, tokenizer_of
 
 
 def letters(texts):
@@ -48,3 +49,10 @@ def test_every_sentence_keeps_its_own_ids(documents):
     for sentences, ids in zip(table["sentences"].to_pylist(), table["tokens"].to_pylist(), strict=True):
         assert ids == letters(sentences)
         assert all(len(sentence.split()) >= 3 for sentence in sentences)
+
+
+def test_a_text_that_spells_out_a_special_token_does_not_ask_for_an_answer(tmp_path):
+    tokenize = tokenizer_of(str(make_tiny_t5(tmp_path, ["rain fell all day"] * 9)))
+    plain, spelled = tokenize(["rain fell all day", "rain <extra_id_0> fell </s> all <pad> day"])
+    assert spelled == plain
+    assert len(tokenize(["rain snow"])[0]) == 2, "an unknown word stays"

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from ray.train import Checkpoint
@@ -184,6 +185,7 @@ def test_curriculum():
     config = load_run_config(None).meta.curriculum
     assert beta_scale(0.0, 2.0) == pytest.approx(1e-7)
     assert beta_scale(1.0, 2.0) == pytest.approx(1.0)
+    assert beta_scale(0.5, 16.0) == pytest.approx((4 - 1) / 15, rel=1e-5)
     assert {draw_mixing(config, 0.0, 0, index) for index in range(50)} == {1.0}
     late = [draw_mixing(config, 1.0, 0, index) for index in range(500)]
     assert 0.45 < sum(late) / 500 < 0.55, "Beta(1, 1) is uniform"
@@ -195,4 +197,7 @@ def test_curriculum():
     plain = load_run_config(None, ["meta.curriculum.b=1.0000001"]).meta.curriculum
     assert [draw_mixing(plain, 0.0, 0, index) for index in range(500)] == late
     assert running_similarity(None, 0.6, 0.5) == 0.6
-    assert running_similarity(0.2, 0.6, 0.5) == pytest.approx(0.4)
+    assert running_similarity(0.2, 0.6, 0.25) == pytest.approx(0.3)
+    narrow = load_run_config(None, ["meta.curriculum.a=4"]).meta.curriculum
+    drawn = [draw_mixing(narrow, 1.0, 0, index) for index in range(500)]
+    assert 0.45 < sum(drawn) / 500 < 0.55 and 0.13 < np.std(drawn) < 0.2, "Beta(4, 4), whose deviation is 1/6"

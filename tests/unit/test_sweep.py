@@ -8,15 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from ray.tune.schedulers import PopulationBasedTraining
 
 from supmer_ray.cluster import Resources
 from supmer_ray.config import PAPER_TASK_TYPES, SweepConfig, load_sweep_config
 from supmer_ray.errors import UserError
 from supmer_ray.reading import build
 from supmer_ray.sweep.picture import draw_sweep, importance, places
-from supmer_ray.sweep.space import run_config, settings_of, space
+from supmer_ray.sweep.space import Within, run_config, settings_of, space
 from supmer_ray.sweep.trial import Objective, TrialHost
-from supmer_ray.tune import Population, _searcher, concurrency
+from supmer_ray.tune import Population, _searcher, concurrency, trials_table
 
 CONFIGS = Path(__file__).parents[2] / "tune_configs"
 SMALL = {"space": {"meta.prompt_rate": {"uniform": [0.1, 0.2]}}, "samples": 2, "search": "random"}
@@ -165,15 +166,45 @@ def test_as_many_trials_as_fit():
     assert concurrency(sweep(), Resources((0,), grows=True)) == 1
 
 
-def test_a_population_exchanges_nothing_at_the_last_step():
+def test_a_population_exchanges_nothing_at_the_last_step(monkeypatch):
     """There, a trial that takes turns would be given another's weights, and settings that nobody trains with."""
+    monkeypatch.setattr(PopulationBasedTraining, "on_trial_result", lambda self, *given: "exchanged")
     space = {"rate": [0.1, 0.2]}
     population = Population(
         4, time_attr="step", metric="x", mode="min", perturbation_interval=1, hyperparam_mutations=space
     )
+    assert population.on_trial_result(None, None, {"step": 3, "x": 1.0}) == "exchanged"
     assert population.on_trial_result(None, None, {"step": 4, "x": 1.0}) == "CONTINUE"
-    with pytest.raises((AttributeError, KeyError)):  # before, it looks at the trials, of which there are none here
-        population.on_trial_result(None, None, {"step": 3, "x": 1.0})
+
+
+def test_what_a_population_changed_stays_within_the_space():
+    searched = {
+        "meta.prompt_rate": {"uniform": [0.1, 0.2]},
+        "meta.inner_rate": {"loguniform": [0.01, 1], "each_inner_step": True},
+        "meta.clip": {"choice": [1, 5]},
+    }
+    within = Within(sweep(space=searched))
+    found = within({"meta.prompt_rate": 0.24, "meta.inner_rate.0": 0.008, "meta.clip": 1})
+    assert found == {"meta.prompt_rate": 0.2, "meta.inner_rate.0": 0.01, "meta.clip": 1}
+    assert within({"meta.prompt_rate": 0.15, "meta.inner_rate.0": 0.5, "meta.clip": 0})["meta.prompt_rate"] == 0.15
+
+
+def test_a_table_says_how_each_trial_ended():
+    told = [
+        ({"trial_id": "a", "step": 2000, "objective": 1.5, "validation_loss": 1.5}, None),
+        ({"trial_id": "b", "step": 100, "objective": 2.5, "validation_loss": 2.5}, None),
+        ({"trial_id": "c", "step": 0, "objective": 1000.0, "reached": 7, "refused": "Lower the rate."}, None),
+        (None, ValueError("broken\ninside")),
+    ]
+    results = [
+        SimpleNamespace(metrics=metrics, error=error, checkpoint=None, config={"meta.prompt_rate": 0.15})
+        for metrics, error in told
+    ]
+    table = trials_table(sweep(samples=4), results)
+    assert table["state"].tolist() == ["finished", "stopped", "refused", "failed"]
+    assert table["step"].tolist() == [2000, 100, 7, 0]
+    assert table["sentence"].tolist()[2:] == ["Lower the rate.", "broken"] and table["sentence"][:2].isna().all()
+    assert (table["meta.prompt_rate"] == 0.15).all()
 
 
 def test_every_task_type_weighs_the_same_in_the_objective():

@@ -35,7 +35,7 @@ from supmer_ray.tasks.batch import Examples, TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
 from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten
-from supmer_ray.tasks.types import ANSWERS, TaskDraw, balanced, domain_similarity, require_domains
+from supmer_ray.tasks.types import ANSWERS, FAMILY, TaskDraw, balanced, domain_similarity, require_domains
 
 PREFIX, SUFFIX, SENTINEL, CLOSING = 1, 2, 3, 4
 WORDS = {word: 10 + number for number, word in enumerate((*PAIR_ANSWERS, *LETTERS))}
@@ -219,6 +219,35 @@ def test_a_task_is_a_function_of_its_index(store):
     halves = TaskBatch.concat([first.shard(2, rank, 2) for rank in (0, 1)])
     same(one, halves)
     assert one.names == halves.names and len(set(one.names)) == 1
+
+
+@pytest.mark.parametrize("name", TASK_TYPES)
+def test_training_and_validation_tasks_draw_from_their_own_items(store, name):
+    """Anchors, and with them all that shares their domain or is taken from another one."""
+    family = store.family(FAMILY[name])
+    builder = make_builder(store, mixture={name: 1})
+    for split, draw in (("train", builder.task), ("validation", lambda index: builder.validation_task(name, index))):
+        items = {int(row) for domain in range(DOMAINS) for row in family.rows(domain, split)}
+        for task in map(draw, range(4)):
+            for examples in (task.support, task.query, task.partner):
+                for ids in inputs_of(examples):
+                    first, *others = rows_in(ids)
+                    # A "maybe" of three sentences moves on to the middle one; what is no neighbour may be any sentence.
+                    assert first in items or (name == "nsp" and first - 1 in items)
+                    assert FAMILY[name] != "ss" or items.issuperset(others)
+
+
+def test_a_step_has_the_tasks_of_its_number(store):
+    builder = make_builder(store, tasks_per_step=2)
+    for step in (0, 3):
+        wanted = TaskBatch.concat([builder.task(2 * step), builder.task(2 * step + 1)])
+        np.testing.assert_array_equal(builder.shard(step, 0, 1).support.tokens, wanted.support.tokens)
+
+
+def test_a_choice_keeps_to_the_limits_of_its_parts():
+    formats = make_formats(max_length=400, anchor_length=40, candidate_length=12)
+    ids = formats.multiple_choice([70] * 60, [[80 + number] * 30 for number in range(4)])
+    assert [ids.count(token) for token in (70, 80, 81, 82, 83)] == [40, 12, 12, 12, 12]
 
 
 def test_the_mixture_decides_how_often_a_type_comes():
