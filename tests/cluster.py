@@ -96,7 +96,7 @@ class Cluster:
             "cluster_name": "growing", "max_workers": growth, "upscaling_speed": 1.0, "idle_timeout_minutes": 60,
             "provider": {
                 "type": "fake_multinode", "head_node_id": head, "gcs_address": f"127.0.0.1:{gcs}",
-                "use_node_id_as_ip": True,
+                "use_node_id_as_ip": True, "disable_node_updaters": True,
             },
             "head_node_type": "ray.head.default",
             "available_node_types": {
