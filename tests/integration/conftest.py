@@ -77,7 +77,9 @@ def ray_cluster():
         # has read the environment when Ray was imported.
         reporting = {"metrics_report_interval_ms": 1000}
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=reporting)
+        ray.init(
+            "local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _system_config=reporting
+        )
         yield
         ray.shutdown()
 

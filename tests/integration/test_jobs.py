@@ -52,13 +52,13 @@ def test_a_job_that_was_stopped_leaves_a_checkpoint_that_resumes(cluster, tiny_s
     assert shown["name"] == "run" and shown["status"] == "RUNNING"
     (attempt,) = shown["attempts"]
     assert [worker["world_rank"] for worker in attempt["workers"]] == [0]
+    cluster.stop(job)
+    cluster.wait_for_end(job, "STOPPED")
     written = subprocess.check_output(
         [Path(sys.executable).with_name("supmer"), "dashboard"], env=cluster.environment, text=True
     )
     beside = Path(written.partition(":")[0]).parent
     assert "supmer_grafana_dashboard.json" in written and (beside / "default_grafana_dashboard.json").is_file()
-    cluster.stop(job)
-    cluster.wait_for_end(job, "STOPPED")
     reached = steps(out)
     # Nothing but the signal asked for a snapshot: the next regular one would come after the end.
     snapshots = sorted(out.glob("checkpoint_*/progress.json"))

@@ -264,8 +264,14 @@ def test_inputs_that_do_not_exist(tmp_path):
 
 
 def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    message = refused("prepare", "--source", "bbc", "--out", tmp_path / "out")
+    assert "is no address of a cluster that a driver can join; write HOST:PORT of its head" in message
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    message = sentence(started("prepare", "--source", "bbc", "--out", tmp_path / "out"))
+    message = refused("prepare", "--source", "bbc", "--out", tmp_path / "out")
     assert "The Ray cluster at RAY_ADDRESS=127.0.0.1:9 does not answer (" in message and "unset RAY_ADDRESS" in message
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # what `ray job submit` wants
     message = sentence(started("prepare", "--source", "bbc", "--out", tmp_path / "out"))

@@ -326,7 +326,7 @@ def test_cells_that_run_beside_one_that_fails_are_kept(own_task, tmp_path, run_c
     run_cell_by(work)
     with pytest.raises(type(error)) as raised:
         evaluate(plan, out, progress=tell)
-    assert started == methods[:2]
+    assert sorted(started) == sorted(methods[:2])
     assert [file.stem for file in (out / "cells").iterdir()] == ["own--zero-shot"]
     so_far = "1 of 4 cells are done, and --resume goes on with the others."
     if isinstance(error, UserError):

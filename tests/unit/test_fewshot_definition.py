@@ -257,14 +257,17 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path):
 
 
 def test_the_hub_s_client_is_silent_about_its_retries(monkeypatch):
+    before, said = logging.get_verbosity(), []
     logging.set_verbosity_warning()
-    said = []
 
     def unreachable(*_):
         said.append(logging.get_verbosity())
         raise ConnectionError("no hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"Cannot read the data set 'nyu-mll/glue' \(no hub\)"):
-        load_definition("sst-2").read()
+    try:
+        with pytest.raises(UserError, match=r"Cannot read the data set 'nyu-mll/glue' \(no hub\)"):
+            load_definition("sst-2").read()
+    finally:
+        logging.set_verbosity(before)
     assert said == [logging.ERROR]

@@ -10,6 +10,12 @@ from supmer_ray.files import Place
 from supmer_ray.tasks.stream import _open_store, ahead
 
 
+@pytest.fixture(autouse=True)
+def forget_stores():
+    yield
+    _open_store.cache_clear()
+
+
 def test_the_first_item_is_made_before_it_is_asked_for():
     begun = threading.Event()
 
@@ -36,7 +42,6 @@ def test_a_store_that_was_made_anew_is_opened_anew(monkeypatch):
     assert _open_store(place, "b") is not first
     with pytest.raises(UserError, match=r"^The store /runs/store was made anew while a run read it"):
         _open_store(place, "a")
-    _open_store.cache_clear()
 
 
 def test_an_empty_stream_ends():
