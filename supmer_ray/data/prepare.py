@@ -24,7 +24,7 @@ import ray
 from ray.data import DataContext
 from ray.exceptions import RayActorError, RayTaskError
 
-from supmer_ray.cluster import connect
+from supmer_ray.cluster import Resources, connect
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data.domains import cluster, empty_family
 from supmer_ray.data.embed import STRETCH, Embedder, Stretch, Vectors, stretch_rows
@@ -101,8 +101,7 @@ def prepare(
         backbone_there = [Place.of(config.backbone)] if Path(config.backbone).is_dir() else []
         require_outside(place, {"source": filter(None, map(place_of, config.sources)), "backbone": backbone_there})
     sources = [open_source(name) for name in config.sources]
-    connect()
-    _embedding_workers(config.embedders)
+    _embedding_workers(config.embedders, connect())
     backbone, words = _get(_describe.remote(config.backbone))
 
     with held(place, "a preparation"), place.workshop(last=MANIFEST) as (folder, shared):
@@ -129,17 +128,16 @@ def prepare(
     return manifest
 
 
-def _embedding_workers(asked: int | None) -> tuple[int, dict[str, int]]:
+def _embedding_workers(asked: int | None, resources: Resources) -> tuple[int, dict[str, int]]:
     """How many embedding actors run, and what each reserves: a GPU where the cluster has GPUs, else one CPU.
 
     One CPU and one thread each is faster than few actors with many threads, and its bits do not depend on
     how many there are.
     """
-    total = ray.cluster_resources()
-    unit = "GPU" if total.get("GPU") else "CPU"
-    most = int(total.get(unit, 0))
-    if asked and asked > most:
+    unit, most = ("GPU", int(resources.gpus)) if resources.gpus else ("CPU", int(resources.cpus))
+    if asked and asked > most and not resources.grows:
         raise UserError(f"'embedders' is {asked} but the cluster has {most} {unit}s; write embedders: {most}.")
+    most = max(1, most)  # where there are none yet, nodes come for the first one
     if unit == "GPU":
         return asked or most, {"num_cpus": 1, "num_gpus": 1}
     return asked or min(most, MOST_CPU_EMBEDDERS), {"num_cpus": 1}
@@ -291,7 +289,7 @@ def _item_counts(starts: np.ndarray, domains: int) -> dict[str, int]:
 
 def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Progress) -> None:
     """Write the vectors of all sentences and pairs into `shared`."""
-    count, reserved = _embedding_workers(config.embedders)
+    count, reserved = _embedding_workers(config.embedders, connect())
     waiting = list(range(-(-len(sentences) // STRETCH)))
     embedder: Any = ray.remote(Embedder).options(**reserved)
     actors: list[Any] = []

@@ -58,11 +58,14 @@ def assert_a_restart_is_told(file):
     assert any(re.fullmatch(restart, text) for text in told), told
 
 
-def test_a_cluster_grows_for_a_run(undisturbed, tiny_store, tmp_path):
-    """On a head without CPUs, to which Ray's autoscaler adds what the run asks for."""
+def test_a_cluster_grows_for_a_preparation_and_a_run(undisturbed, tiny_t5, tiny_store, tmp_path):
+    """On a head without CPUs, to which Ray's autoscaler adds what is asked for."""
     out, settings = tmp_path / "run", [part for pair in SETTINGS for part in ("--set", pair)]
     with Cluster(tmp_path / "cluster", cpus=0, growth=1) as cluster:
         assert cluster.alive() == 1
+        options = ["--source", "bbc", "--backbone", tiny_t5, "--domains", 4, "--max-documents", 20]
+        command = ["python", "jobs/prepare.py", *options, "--set", "embedders=2", "--out", tmp_path / "store"]
+        cluster.wait_for_end(cluster.submit(*command, installed=True))
         command = ["python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings]
         cluster.wait_for_end(cluster.submit(*command, installed=True))
         assert cluster.alive() == 2
