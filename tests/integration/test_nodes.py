@@ -54,7 +54,8 @@ def steps(file):
 
 def assert_a_restart_is_told(file):
     told = [row["text"] for row in rows_of(file, "notice")]
-    restart = r"Worker \d failed \(.+ (died|unavailable)\b.+\); the run goes on from its last snapshot, restart 1 of at most 3\."
+    why = r"Worker \d failed \(.+ (died|unavailable)\b.+\)"
+    restart = rf"{why}; the run goes on from its last snapshot, restart 1 of at most 3\."
     assert any(re.fullmatch(restart, text) for text in told), told
 
 
