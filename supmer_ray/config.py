@@ -146,14 +146,16 @@ class WorkersConfig(Section):
         None, description="of the frozen weights; unset: bfloat16 on a GPU, float32 on a CPU"
     )
     tokens_per_micro_batch: int | None = Field(
-        None, ge=64, description="encoder tokens, prompt included; unset: 4096 on a CPU, 16384 on a GPU"
+        None,
+        ge=64,
+        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of its memory holds on a GPU",
     )
     checkpoint_activations: bool = Field(
         False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
     )
     compile_norms: bool = Field(
         False,
-        description="have torch compile the norms; on a CPU that needs a C++ compiler and helps short texts (T5 only)",
+        description="CPU: have torch compile the norms, which needs a C++ compiler and helps short texts (T5 only)",
     )
 
 
@@ -478,7 +480,9 @@ class EvaluateConfig(Section):
         None, description="of the frozen weights in adaptation; unset: bfloat16 on a GPU, float32 on a CPU"
     )
     tokens_per_micro_batch: int | None = Field(
-        None, ge=64, description="encoder tokens, prompt included; unset: 4096 on a CPU, 16384 on a GPU"
+        None,
+        ge=64,
+        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of its memory holds on a GPU",
     )
     adapt: AdaptConfig = AdaptConfig()
     run: RunConfig = RunConfig()

@@ -33,10 +33,10 @@ def measure_gpu(
         raise UserError("--gpu needs a CUDA device, and torch finds none here; leave it out to measure the CPU.")
     base = StepSettings(size="t5-base", device="cuda", precisions=("bfloat16",), repeats=options.repeats)
     alone = replace(base, baseline=False)
-    large, xl = replace(alone, size="t5-large", compiled=True), replace(alone, size="t5-xl")
+    large, xl = replace(alone, size="t5-large"), replace(alone, size="t5-xl")
     planned = [(large, Lengths.fixed(390))]
-    planned += [(replace(base, compiled=True), Lengths.fixed(length)) for length in (60, 150, 390)]
-    # Texts of different lengths, as every real run has them: padded to one width, with a mask.
+    planned += [(base, Lengths.fixed(length)) for length in (60, 150, 390)]
+    # Texts of different lengths, as every real run has them.
     planned += [(base, Lengths.spread(150, base.max_length))]
     planned += [(replace(xl, checkpointing=checkpointing), Lengths.fixed(412)) for checkpointing in (False, True)]
     steps: list[dict[str, Any]] = []

@@ -184,7 +184,7 @@ def score(
     found, done = [], 0
     with torch.no_grad():
         for chosen in cuts:
-            batch = pool.collate(backbone, rows[chosen], task[chosen], prompts.shape[1])
+            batch = pool.collate(backbone, rows[chosen], task[chosen])
             logits = answer_logits(backbone, *encode_prompted(backbone, prompts, batch))
             own = logits.gather(1, ids[batch.task]).double().masked_fill(absent[batch.task], -torch.inf)
             # On the device until all are there: a GPU is not waited for between micro-batches.
@@ -215,7 +215,7 @@ def run_gradients(
     rows, task = pool.rows(drawn)
     sizes = to_device(np.array([len(numbers) for numbers in drawn]), prompts.device)
     cuts = micro_batches(pool.lengths[rows], prompts.shape[1], token_budget or backbone.token_budget)
-    batches = (pool.collate(backbone, rows[chosen], task[chosen], prompts.shape[1]) for chosen in cuts)
+    batches = (pool.collate(backbone, rows[chosen], task[chosen]) for chosen in cuts)
     return prompt_gradients(backbone, prompts, batches, sizes, answers_only=answers_only)
 
 
@@ -238,17 +238,10 @@ class _Pool:
         rows = np.concatenate([own + first for own, first in zip(numbers, self._first, strict=True)])
         return rows, np.repeat(np.arange(len(numbers)), [len(own) for own in numbers])
 
-    def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray, prompt_length: int) -> Rows:
-        """These rows of the pool as a padded micro-batch, each with its run's prompt."""
-        batch = collate(
-            self._examples,
-            rows,
-            pad=backbone.pad,
-            start=backbone.start,
-            device=backbone.device,
-            before=prompt_length,
-        )
-        return replace(batch, task=to_device(task.astype(np.int64), backbone.device), owners=tuple(task.tolist()))
+    def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray) -> Rows:
+        """These rows of the pool as a micro-batch, each with its run's prompt."""
+        batch = collate(self._examples, rows, pad=backbone.pad, start=backbone.start, device=backbone.device)
+        return replace(batch, task=to_device(task.astype(np.int64), backbone.device))
 
 
 def training_batches(run: AdaptRun, size: int) -> Iterator[np.ndarray]:

@@ -8,7 +8,6 @@ computes) is settled here once.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import sys
@@ -29,7 +28,7 @@ from supmer_ray.embedded import resolve
 from supmer_ray.errors import UserError, first_line
 from supmer_ray.model.bert import BertForward
 from supmer_ray.model.library import LibraryForward
-from supmer_ray.model.packed import ALIGNMENT, Layout, half_on_cpu
+from supmer_ray.model.packed import Layout, half_on_cpu
 from supmer_ray.model.t5 import T5Forward
 
 transformers_logging.disable_progress_bar()
@@ -87,8 +86,6 @@ class Backbone:
         self.d_model: int = self.embedding.embedding_dim
         encoder_config = getattr(model.config, "encoder", model.config)
         self.max_positions: int | None = getattr(encoder_config, "max_position_embeddings", None)
-        if self.max_positions and self.device.type == "cuda":
-            self.max_positions -= self.max_positions % ALIGNMENT  # inputs are padded to a multiple of it there
         self.start: int = model.config.decoder_start_token_id
         if tokenizer is not None:
             self._read_tokenizer()
@@ -116,10 +113,19 @@ class Backbone:
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    @property
+    @cached_property
     def token_budget(self) -> int:
-        """Tokens of a micro-batch, prompts included, that suit the device: many where small kernels leave it idle."""
-        return 16384 if self.device.type == "cuda" else 4096
+        """Tokens of a micro-batch, prompts included, that suit the device.
+
+        On a GPU as many as hide the launching of kernels behind them, but no more than what they keep for the backward
+        (about one and a half times what the encoder's products put out) fills half of the memory with.
+        """
+        if self.device.type != "cuda":
+            return 4096
+        encoder = self.model.get_encoder().modules()
+        kept = 1.5 * self.dtype.itemsize * sum(part.out_features for part in encoder if hasattr(part, "out_features"))
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return max(4096, min(65536, int(memory / 2 / kept)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,21 +216,20 @@ class Backbone:
         self._t5_forward("checkpoint_activations", instead).checkpointing = True
 
     def compile_norms(self) -> None:
-        """Have torch compile the norms at their first use, which takes some seconds.
+        """Have torch compile the norms at their first use, which takes some seconds; on a GPU kernels of ours do more.
 
         Raises:
             UserError: this family's forward has none of its own, or the machine lacks the compiler.
         """
         forward = self._t5_forward("compile_norms")
-        variable, language, usual = ("CC", "C", "gcc") if self.device.type == "cuda" else ("CXX", "C++", "g++")
-        compiler = os.environ.get(variable, "clang++" if sys.platform == "darwin" else usual)
+        if self.device.type == "cuda":
+            return
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if not shutil.which(compiler):
             raise UserError(
-                f"workers.compile_norms needs the {language} compiler {compiler}, which is not on the PATH; install it,"
-                f" name another in the environment variable {variable}, or set workers.compile_norms to false."
+                f"workers.compile_norms needs the C++ compiler {compiler}, which is not on the PATH; install it, name "
+                "another in the environment variable CXX, or set workers.compile_norms to false."
             )
-        if self.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-            raise UserError("workers.compile_norms needs triton on a GPU; install it, or set it to false.")
         forward.compiled = True
 
     def _t5_forward(self, setting: str, instead: str = "") -> T5Forward:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from supmer_ray.model.packed import Layout, attention, decoding_modules, moved, pooled_cross_attention, product
+from supmer_ray.model.packed import SMALL, Layout, attention, decoding_modules, moved, pooled_cross_attention, product
 
 
 class BertForward:
@@ -47,7 +47,8 @@ class BertForward:
         words = embeddings.word_embeddings(decoder_ids).to(states.dtype).view(count * steps, -1)
         whole = Layout((steps,) * count, (steps,) * count)
         x = self._embedded(embeddings, words, moved(whole.places, words.device))
-        causal = torch.full((1, 1, steps, steps), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        size = max(steps, SMALL)
+        causal = torch.full((1, 1, size, size), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         for layer in self._decoder.encoder.layer:
             x = self._self_attention(layer.attention, x, whole, causal)
             cross = layer.crossattention

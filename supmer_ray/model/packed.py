@@ -3,28 +3,25 @@
 Positions of all examples stand one after the other in one (N, …) tensor, so that everything but
 attention works on real positions only. Attention runs over groups of examples of equal shape, with a
 position bias that all of them share and no mask at all; on a GPU, where a group for each length would
-be too many kernels, a micro-batch is one padded group whose mask travels inside the head dimension.
+be too many kernels, one of our own (`model/fused.py`) takes all lengths together.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby
+from functools import cache, cached_property
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 
-MASKED_SCORE = -30_000.0
-"""What a padded key adds to every score: it is nothing after the softmax, and within reach of bfloat16 and float16."""
-
-ALIGNMENT = 8
-"""Fused GPU kernels want head dimensions and widths that are multiples of this."""
+SMALL = 16
+"""Positions of a decoder's bias, if it decodes no more: the fewest that a program of our kernels reads."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Layout:
 
     widths: tuple[int, ...]
     keys: tuple[int, ...]
-    _made: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _made: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -57,16 +54,6 @@ class Layout:
     def places(self) -> Tensor:
         """(N,) the place of each position within its example."""
         return torch.cat([torch.arange(width) for width in self.widths])
-
-    @cached_property
-    def padded(self) -> bool:
-        """Whether examples of one width have different numbers of keys: they need a mask to stand in one group."""
-        return len(set(self.widths)) == 1 and len(set(self.keys)) > 1
-
-    @property
-    def equal(self) -> bool:
-        """Whether all examples have the same width."""
-        return len(set(self.widths)) == 1
 
     def union(self, other: Layout) -> Layout:
         """Of two layouts of the same widths: a position is a key if it is one in either."""
@@ -86,20 +73,22 @@ class Layout:
         keys = torch.repeat_interleave(torch.tensor(self.keys), torch.tensor(self.widths))
         return moved(self.places < keys, device)
 
-    def absent(self, like: Tensor) -> Tensor:
-        """(B, L) of examples of equal width: `MASKED_SCORE` at padded keys, 0 elsewhere; made once for all layers."""
-        key = (like.device, like.dtype)
-        if key not in self._made:
-            self._made[key] = moved((~self._held() * MASKED_SCORE).to(like.dtype), like.device)
-        return self._made[key]
+    def table(self, device: torch.device) -> Tensor:
+        """(3, B) int32: where each example starts, its width, and its keys; made once for all layers."""
+        if device not in self._made:
+            starts = [0, *accumulate(self.widths)][:-1]
+            self._made[device] = moved(torch.tensor([starts, self.widths, self.keys], dtype=torch.int32), device)
+        return self._made[device]
 
     def rectangle(self, packed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed (N, d) → (B, longest, d), and a mask (B, longest) of the keys, None where every position is one."""
         longest = max(self.widths)
-        if self.equal:
+        if len(set(self.widths)) == 1:
             rectangle = packed.view(len(self), longest, -1)
         else:
-            rectangle = pad_sequence(list(packed.split(self.widths)), batch_first=True)
+            rows = torch.repeat_interleave(torch.arange(len(self)) * longest, torch.tensor(self.widths)) + self.places
+            rectangle = packed.new_zeros(len(self) * longest, packed.shape[1])
+            rectangle = rectangle.index_copy(0, moved(rows, packed.device), packed).view(len(self), longest, -1)
         return rectangle, None if min(self.keys) == longest else moved(self._held(), packed.device)
 
     def _held(self) -> Tensor:
@@ -110,6 +99,19 @@ class Layout:
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; a GPU copies it without the host waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def fused_kernels(tensor: Tensor) -> bool:
+    """Whether our own kernels take it: on a GPU, unless fused ones are switched off, as they have no second derivative.
+
+    Without Triton, torch's kernels take each group of equal examples.
+    """
+    return tensor.is_cuda and torch.backends.cuda.flash_sdp_enabled() and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def half_on_cpu(tensor: Tensor) -> bool:
@@ -143,8 +145,10 @@ def attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, s
         (N, heads · width).
     """
     inner = qkv.shape[1] // 3
-    if layout.padded:
-        return _padded_attention(qkv, layout, heads, bias=bias, scale=scale)
+    if fused_kernels(qkv):
+        from supmer_ray.model.fused import PackedAttention
+
+        return PackedAttention.apply(qkv, bias, layout, heads, scale)
     found = []
     sizes = [count * width for count, width, _ in layout.groups]
     for part, (count, width, keys) in zip(qkv.split(sizes), layout.groups, strict=True):
@@ -164,22 +168,6 @@ def _apart(qkv: Tensor, count: int, heads: int) -> list[Tensor]:
     # Taken apart in this order, their gradients are put side by side in one copy.
     parts = qkv.view(count, -1, 3, heads, qkv.shape[1] // (3 * heads)).unbind(2)
     return [part.transpose(1, 2) for part in parts]
-
-
-def _padded_attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, scale: float) -> Tensor:
-    """One group for all: a further feature, 1 in each query and very negative in each padded key, is the mask.
-
-    A mask beside a bias would have to be held for every example and head.
-    """
-    count, width, inner = len(layout), layout.widths[0], qkv.shape[1] // 3
-    q, k, v = _apart(qkv, count, heads)
-    feature = (layout.absent(qkv) / scale)[:, None, :, None].expand(-1, heads, -1, 1)
-    nothing = qkv.new_zeros(()).expand(count, heads, width, ALIGNMENT - 1)
-    q = torch.cat([q, qkv.new_ones(()).expand(count, heads, width, 1), nothing], dim=-1)
-    k = torch.cat([k, feature, nothing], dim=-1)
-    own = None if bias is None else bias[:, :, :width, :width]
-    o = scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scale)
-    return o.transpose(1, 2).reshape(count * width, inner)
 
 
 class _HalfAttention(torch.autograd.Function):
@@ -239,11 +227,12 @@ def pooled_cross_attention(
     count, steps, heads, width = queries.shape
     queries, key, value = queries.to(states.dtype), key.to(states.dtype), value.to(states.dtype)
     carried = torch.einsum("bthw,hwd->bthd", queries, key).reshape(count, steps * heads, -1)
-    scores = torch.bmm(carried, states.transpose(1, 2)) * scale
+    # The states come first in both products, so that their gradients lie as they do and are added up in one pass.
+    scores = torch.bmm(states, carried.transpose(1, 2)) * scale  # (B, L, T · H)
     if held is not None:
-        scores = scores.masked_fill(~held[:, None], -torch.inf)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    pooled = torch.bmm(weights.to(states.dtype), states).view(count, steps, heads, -1)
+        scores = scores.masked_fill(~held[:, :, None], -torch.inf)
+    weights = torch.softmax(scores, dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    pooled = torch.bmm(weights.to(states.dtype).transpose(1, 2), states).view(count, steps, heads, -1)
     return torch.einsum("bthd,hwd->bthw", pooled, value).reshape(count, steps, heads * width)
 
 

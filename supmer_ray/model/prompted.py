@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from supmer_ray.model.backbone import Backbone
-from supmer_ray.model.packed import Layout
+from supmer_ray.model.packed import Layout, moved
 
 IGNORED = -100
 """A label that counts for nothing."""
@@ -36,7 +36,6 @@ class Rows:
         labels: (B, T) what it should say, `IGNORED` where nothing is asked.
         choices: (B, C) the answers that each example may have, −1 where it has fewer.
         task: (B,) which prompt each example belongs to.
-        owners: `task`, for the host.
         vectors: (tasks, K, d) embeddings that are put straight into the sequence, or None.
     """
 
@@ -46,7 +45,6 @@ class Rows:
     labels: Tensor
     choices: Tensor
     task: Tensor
-    owners: tuple[int, ...]
     vectors: Tensor | None = None
 
     def __len__(self) -> int:
@@ -68,7 +66,6 @@ class Rows:
             torch.cat([first.labels, second.labels]),
             torch.cat(choices),
             torch.cat([first.task, second.task]),
-            first.owners + second.owners,
             vectors,
         )
 
@@ -110,15 +107,14 @@ def encode_prompted(backbone: Backbone, prompts: Tensor, rows: Rows) -> tuple[Te
         inserted = rows.vectors.to(embeddings.dtype)[own, (-1 - rows.input_ids).clamp_min(0)]
         embeddings = torch.where(rows.input_ids[:, None] < 0, inserted, embeddings)
     layout = rows.layout.behind(prompts.shape[1])
-    if rows.layout.equal:
-        # The sum over a task's examples is taken in the precision of the prompts, not in that of the states.
-        own_prompts = prompts[rows.task].to(embeddings.dtype)  # (B, P, d)
-        packed = torch.cat([own_prompts, embeddings.view(len(rows), -1, embeddings.shape[1])], dim=1).flatten(0, 1)
-        return backbone.encode(packed, layout), layout
-    each = prompts.to(embeddings.dtype).unbind()
-    texts = embeddings.split(rows.layout.widths)
-    parts = [part for owner, text in zip(rows.owners, texts, strict=True) for part in (each[owner], text)]
-    return backbone.encode(torch.cat(parts), layout), layout
+    behind = layout.places >= prompts.shape[1]
+    texts, before = (moved(where.nonzero()[:, 0], prompts.device) for where in (behind, ~behind))
+    # The sum over a task's examples is taken in the precision of the prompts, not in that of the states.
+    own_prompts = prompts[rows.task].to(embeddings.dtype).flatten(0, 1)  # (B · P, d)
+    packed = embeddings.new_empty(layout.positions, embeddings.shape[1])
+    packed.index_copy_(0, texts, embeddings)
+    packed.index_copy_(0, before, own_prompts)
+    return backbone.encode(packed, layout), layout
 
 
 def label_losses(

@@ -19,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
 from supmer_ray.model.packed import (
+    SMALL,
     Layout,
     add_product,
     attention,
     decoding_modules,
+    fused_kernels,
     half_on_cpu,
     pooled_cross_attention,
     product,
@@ -30,7 +32,7 @@ from supmer_ray.model.packed import (
 
 _GELU_NEW = partial(gelu, approximate="tanh")
 
-BIAS_STEP = 64
+BIAS_STEP = 128
 """The shared position bias grows by this many positions at a time."""
 
 
@@ -43,7 +45,7 @@ class T5Forward:
     Attributes:
         checkpointing: keep only each block's input for the backward, and compute the rest again: less memory, a third
             more work.
-        compiled: have torch compile the norms, which are the longest chains of small operations, into one kernel each.
+        compiled: on a CPU, have torch compile the norms, the longest chains of small operations, into one kernel each.
     """
 
     checkpointing = False
@@ -59,68 +61,64 @@ class T5Forward:
         scaled = getattr(config, "scale_decoder_outputs", config.model_type == "t5" and config.tie_word_embeddings)
         self._output_scale = config.d_model**-0.5 if scaled else 1.0
         self._bias: Tensor | None = None
+        self._causal: Tensor | None = None
         self._merged: dict[int, Tensor] = {}
 
     def encode(self, embeddings: Tensor, layout: Layout) -> Tensor:
         """Packed (N, d) embeddings → packed (N, d) last hidden states."""
-        x = embeddings
+        x, delta = embeddings, None
         bias = self._position_bias(max(layout.widths))
         for block in self._encoder.block:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._encoder_block, block, x, layout, bias, use_reentrant=False)
+                x, delta = checkpoint(self._encoder_block, block, x, delta, layout, bias, use_reentrant=False)
             else:
-                x = self._encoder_block(block, x, layout, bias)
-        return self._norm(x, self._encoder.final_layer_norm).to(x.dtype)
+                x, delta = self._encoder_block(block, x, delta, layout, bias)
+        _, normed = self._add_norm(x, delta, self._encoder.final_layer_norm)
+        return normed.to(x.dtype)
 
     def decode(self, states: Tensor, layout: Layout, decoder_ids: Tensor, first: int = 0) -> Tensor:
         """Packed (N, d) states, (B, T) decoder ids → (B, T − first, vocabulary) logits, from position `first` on."""
         count, steps = decoder_ids.shape
         rectangle, held = layout.rectangle(states)
         x = self._decoder.embed_tokens(decoder_ids).to(states.dtype)
-        bias = self._decoder.block[0].layer[0].SelfAttention.compute_bias(steps, steps)
-        causal = torch.full((steps, steps), -torch.inf, dtype=bias.dtype, device=x.device).triu(1)
-        bias = (bias + causal).detach()
+        bias = self._decoder_bias(max(steps, SMALL))
         whole = Layout((steps,) * count, (steps,) * count)
-        x = x.reshape(count * steps, -1)
+        x, delta = x.reshape(count * steps, -1), None
         for block in self._decoder.block:
             own, cross, feed = block.layer
-            qkv = product(self._norm(x, own.layer_norm), self._side_by_side(own.SelfAttention))
+            x, normed = self._add_norm(x, delta, own.layer_norm)
+            qkv = product(normed, self._side_by_side(own.SelfAttention))
             heads = attention(qkv, whole, self._heads, bias=bias, scale=1.0)
-            x = add_product(x, heads, own.SelfAttention.o.weight)
+            x, delta = _onto(x, heads, own.SelfAttention.o.weight)
             attend = cross.EncDecAttention
             shape = (self._heads, -1, rectangle.shape[-1])
-            queries = product(self._norm(x, cross.layer_norm), attend.q.weight).view(count, steps, self._heads, -1)
+            x, normed = self._add_norm(x, delta, cross.layer_norm)
+            queries = product(normed, attend.q.weight).view(count, steps, self._heads, -1)
             key, value = attend.k.weight.view(shape), attend.v.weight.view(shape)
             heads = pooled_cross_attention(queries, rectangle, held, key, value, 1.0)
-            x = add_product(x, heads.view(count * steps, -1), attend.o.weight)
-            x = self._feed_forward(x, feed)
-        asked = x.view(count, steps, -1)[:, first:].flatten(0, 1)
-        x = self._norm(asked, self._decoder.final_layer_norm) * self._output_scale
-        return product(x, self._head.weight).view(count, steps - first, -1)
+            x, delta = _onto(x, heads.view(count * steps, -1), attend.o.weight)
+            x, delta = self._feed_forward(x, delta, feed)
+        _, normed = self._add_norm(x, delta, self._decoder.final_layer_norm)
+        asked = normed.view(count, steps, -1)[:, first:].flatten(0, 1) * self._output_scale
+        return product(asked, self._head.weight).view(count, steps - first, -1)
 
     def constants(self) -> list[Tensor]:
         """What it has made of the weights at its first use, and keeps."""
-        return [*self._merged.values(), *([] if self._bias is None else [self._bias])]
+        return [*self._merged.values(), *(bias for bias in (self._bias, self._causal) if bias is not None)]
 
-    def _encoder_block(self, block: Any, x: Tensor, layout: Layout, bias: Tensor) -> Tensor:
+    def _encoder_block(
+        self, block: Any, x: Tensor, delta: Tensor | None, layout: Layout, bias: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         own, feed = block.layer
         attend = own.SelfAttention
-        qkv = product(self._norm(x, own.layer_norm), self._side_by_side(attend))
+        x, normed = self._add_norm(x, delta, own.layer_norm)
+        qkv = product(normed, self._side_by_side(attend))
         heads = attention(qkv, layout, self._heads, bias=bias, scale=1.0)
-        return self._feed_forward(add_product(x, heads, attend.o.weight), feed)
+        return self._feed_forward(*_onto(x, heads, attend.o.weight), feed)
 
-    def _norm(self, x: Tensor, norm: Any) -> Tensor:
-        if x.dtype == torch.float64:
-            # The library takes the variance in float32 even here, and numbers recorded with it hold that rounding.
-            return norm(x)
-        # Products read what comes out, in the precision of the weights.
-        if fused_norm(x, norm.weight) and not self.compiled:
-            return rms_norm(x, x.shape[-1:], norm.weight, self._eps)
-        return _RootMeanSquare.apply(x, norm.weight, self._eps, self.compiled)
-
-    def _feed_forward(self, x: Tensor, layer: Any) -> Tensor:
+    def _feed_forward(self, x: Tensor, delta: Tensor | None, layer: Any) -> tuple[Tensor, Tensor | None]:
         dense = layer.DenseReluDense
-        normed = self._norm(x, layer.layer_norm)
+        x, normed = self._add_norm(x, delta, layer.layer_norm)
         if hasattr(dense, "wi_0"):
             # The library writes this activation as eight operations, each of which keeps its result.
             act = _GELU_NEW if isinstance(dense.act, NewGELUActivation) else dense.act
@@ -128,7 +126,28 @@ class T5Forward:
         else:
             inner = product(normed, dense.wi.weight)
             inner = torch.relu_(inner) if isinstance(dense.act, torch.nn.ReLU) else dense.act(inner)
-        return add_product(x, inner, dense.wo.weight)
+        return _onto(x, inner, dense.wo.weight)
+
+    def _add_norm(self, x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm in the precision of the weights, where products read it."""
+        if delta is not None:
+            from supmer_ray.model.fused import AddNorm
+
+            return AddNorm.apply(x, delta, norm.weight, self._eps)
+        if x.dtype == torch.float64:
+            # The library takes the variance in float32 even here, and numbers recorded with it hold that rounding.
+            return x, norm(x)
+        if fused_kernels(x):
+            return x, rms_norm(x, x.shape[-1:], norm.weight, self._eps)
+        return x, _RootMeanSquare.apply(x, norm.weight, self._eps, self.compiled)
+
+    def _decoder_bias(self, size: int) -> Tensor:
+        """(1, heads, size, size): the decoder's own bias, and that no position sees a later one."""
+        if self._causal is None or self._causal.shape[-1] < size:
+            bias = self._decoder.block[0].layer[0].SelfAttention.compute_bias(size, size).detach()
+            later = torch.full((size, size), -torch.inf, dtype=bias.dtype, device=bias.device).triu(1)
+            self._causal = (bias + later).contiguous()
+        return self._causal
 
     def _side_by_side(self, attend: Any) -> Tensor:
         """(3 · inner, d): the query, key and value matrices as one; the module's own become views of it."""
@@ -152,9 +171,11 @@ class T5Forward:
         return self._bias
 
 
-def fused_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own norm is one kernel there, with sums in float32: bfloat16 throughout on a GPU."""
-    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+def _onto(x: Tensor, inner: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x + inner Wᵀ; or x, and the product, which the kernel of the next norm adds."""
+    if fused_kernels(x):
+        return x, product(inner, weight)
+    return add_product(x, inner, weight), None
 
 
 class _RootMeanSquare(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from supmer_ray.model.packed import ALIGNMENT, Layout, moved
+from supmer_ray.model.packed import Layout, moved
 from supmer_ray.model.prompted import IGNORED, Rows
 from supmer_ray.tasks.batch import Examples
 
@@ -18,25 +18,17 @@ def collate(
     start: int,
     widths: np.ndarray | None = None,
     device: torch.device | str = "cpu",
-    before: int = 0,
 ) -> Rows:
     """The chosen rows, one after the other, as tensors on `device`.
-
-    On a GPU all of them are padded to the longest, and with the prompt to a multiple of `ALIGNMENT`, so that one kernel
-    takes them together.
 
     Args:
         pad: id that fills; nothing attends to it.
         start: id that the decoder reads first; the rest of its input is the labels shifted by one.
         widths: (B,) positions to encode of each row, at least its length; unset: its length.
-        before: rows of the prompt that will stand before each.
     """
     device = torch.device(device)
     lengths = examples.lengths[rows]
     widths = lengths if widths is None else widths
-    if one_shape(device):
-        aligned = -(-(before + int(widths.max())) // ALIGNMENT) * ALIGNMENT
-        widths = np.full(len(rows), aligned - before)
     real = np.concatenate([np.arange(width) < length for width, length in zip(widths, lengths, strict=True)])
     ids = np.full(int(widths.sum()), pad, np.int64)
     ids[real] = np.concatenate([examples.tokens[examples.offsets[r] : examples.offsets[r + 1]] for r in rows])
@@ -55,14 +47,8 @@ def collate(
         labels=label_ids,
         choices=choice_ids,
         task=tasks,
-        owners=tuple(task.tolist()),
         vectors=to_device(examples.vectors, device) if examples.vectors.shape[1] else None,
     )
-
-
-def one_shape(device: torch.device) -> bool:
-    """Whether examples are padded to one shape there: a GPU takes them in one kernel, and a CPU would only do more."""
-    return device.type == "cuda"
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

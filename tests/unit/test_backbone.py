@@ -125,7 +125,7 @@ def test_each_example_stands_behind_its_own_prompt(folder):
     def states(task):
         layout = Layout((3,) * len(task), (3,) * len(task))
         ids = torch.tensor([7, 8, 9] * len(task))
-        rows = Rows(ids, layout, labels, labels, labels[:, :0], torch.tensor(task), tuple(task))
+        rows = Rows(ids, layout, labels, labels, labels[:, :0], torch.tensor(task))
         return encode_prompted(backbone, prompts, rows)[0].view(len(task), 6, -1)
 
     both = states([1, 0])

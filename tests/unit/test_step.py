@@ -115,26 +115,6 @@ def test_padding_does_not_reach_the_task_embedding(backbone, regularizer):
     torch.testing.assert_close(beside, alone, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("vectors", [False, True])
-@pytest.mark.parametrize("name", ["backbone", "exact_backbone"])
-def test_examples_padded_to_one_shape_give_the_same_step(name, vectors, regularizer, request, monkeypatch):
-    """What a GPU computes, by the packed forward and by the library's: padding is read by nothing, in no layer."""
-    step, batch = MetaStep(request.getfixturevalue(name), regularizer, token_budget=100), make_batch(vectors=vectors)
-    mixing = np.repeat([1.0, 0.3, 0.8], 6)
-    exact = step(make_prompt(), RATES, batch, mixing)
-    exact_losses, exact_right = step.losses(make_prompt(), RATES, batch)
-    monkeypatch.setattr("supmer_ray.tasks.collate.one_shape", lambda device: True)
-    padded = step(make_prompt(), RATES, batch, mixing)
-    torch.testing.assert_close(padded.prompt, exact.prompt, rtol=1e-7, atol=1e-10)
-    for own, wanted in zip(padded.regularizer, exact.regularizer, strict=True):
-        torch.testing.assert_close(own, wanted, rtol=1e-7, atol=1e-10)
-    for found, value in exact.tasks.items():
-        torch.testing.assert_close(padded.tasks[found], value, rtol=1e-7, atol=1e-10)
-    losses, right = step.losses(make_prompt(), RATES, batch)
-    torch.testing.assert_close(losses, exact_losses, rtol=1e-7, atol=1e-10)
-    assert right.tolist() == exact_right.tolist()
-
-
 def test_a_query_that_is_not_mixed_never_sees_its_partner(backbone, regularizer):
     step, prompt, batch = MetaStep(backbone, regularizer), make_prompt(), make_batch()
     other = replace(batch, partner=make_batch(9).partner)

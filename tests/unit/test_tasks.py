@@ -367,17 +367,6 @@ examples_strategy = st.lists(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("before", [0, 5, 100])
-def test_on_a_gpu_all_examples_with_their_prompts_have_one_aligned_shape(monkeypatch, before):
-    monkeypatch.setattr("supmer_ray.tasks.collate.one_shape", lambda device: True)
-    examples = Examples.of([[1] * 3, [2] * 12, [3] * 7], [[1, 2, 3]] * 3)
-    rows = collate(examples, np.array([1, 0, 2]), pad=7, start=9, before=before)
-    assert rows.layout.keys == (12, 3, 7)
-    assert rows.layout.widths == ({0: 16, 5: 19, 100: 12}[before],) * 3
-    # What an encoder's positions hold is aligned, so it is not passed by what is padded.
-    assert (rows.layout.widths[0] + before) % 8 == 0
-
-
 @settings(deadline=None)
 @given(examples_strategy, st.randoms())
 def test_collation_pads_and_loses_nothing(pairs, random):
