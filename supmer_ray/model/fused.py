@@ -164,17 +164,23 @@ def _example(table, count, example):
     return start, tl.load(table + count + example), tl.load(table + 2 * count + example)
 
 
-def block_sizes(longest: int, wide: bool) -> dict[str, dict[str, int]]:
-    """Queries and keys of a program, and its warps and stages, by kernel: the fastest of those tried on an H100.
+def block_sizes(longest: int, width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """Queries and keys of a program, and its warps and stages, by kernel.
+
+    For heads of up to 64 features in half precision the fastest of those tried on an H100; they need 96 KiB of shared
+    memory there and 80 on GPUs before it, which all that know bfloat16 have. Wider ones take as little.
 
     Args:
         longest: positions of the longest example.
-        wide: float32, whose blocks take twice the space.
+        width: features of a head.
     """
     if longest <= SMALL:
         return {kernel: {"QUERIES": SMALL, "KEYS": SMALL, "num_warps": 1} for kernel in KERNELS}
-    if wide:
-        return {kernel: {"QUERIES": 32, "KEYS": 32, "num_warps": 4} for kernel in KERNELS}
+    if dtype == torch.float32:
+        return {kernel: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 2} for kernel in KERNELS}
+    if width > 64:
+        sizes = {"QUERIES": 64, "num_warps": 4, "num_stages": 2}
+        return {kernel: {**sizes, "KEYS": 32 if kernel == "queries" else 64} for kernel in KERNELS}
     forward = {"QUERIES": 128, "num_warps": 8} if longest > 256 else {"QUERIES": 64, "num_warps": 4}
     return {
         "forward": {**forward, "KEYS": 64, "num_stages": 3},
@@ -201,7 +207,7 @@ class PackedAttention(torch.autograd.Function):
             bias = bias.contiguous()  # columns are read in one piece
         out, scores = qkv.new_empty(positions, inner), qkv.new_empty(heads, positions, dtype=torch.float32)
         ctx.frame = _frame(layout, heads, inner, bias, scale)
-        blocks = block_sizes(longest, qkv.dtype == torch.float32)
+        blocks = block_sizes(longest, inner // heads, qkv.dtype)
         grid = (triton.cdiv(longest, blocks["forward"]["QUERIES"]), heads, len(layout))
         _forward[grid](qkv, table, _or(bias, qkv), out, scores, **ctx.frame, **blocks["forward"])
         ctx.save_for_backward(qkv, table, bias, out, scores)
@@ -217,7 +223,7 @@ class PackedAttention(torch.autograd.Function):
         _along[(triton.cdiv(positions, 64), heads)](
             out, gradient, along, positions, HEADS=heads, WIDTH=ctx.frame["WIDTH"], ROWS=64
         )
-        blocks = block_sizes(ctx.longest, qkv.dtype == torch.float32)
+        blocks = block_sizes(ctx.longest, ctx.frame["WIDTH"], qkv.dtype)
         for kernel, name, cut in ((_backward_keys, "keys", "KEYS"), (_backward_queries, "queries", "QUERIES")):
             grid = (triton.cdiv(ctx.longest, blocks[name][cut]), heads, count)
             kernel[grid](qkv, table, _or(bias, qkv), gradient, scores, along, back, **ctx.frame, **blocks[name])

@@ -24,6 +24,10 @@ SMALL = 16
 """Positions of a decoder's bias, if it decodes no more: the fewest that a program of our kernels reads."""
 
 
+FUSED_WIDTHS = (16, 32, 64, 128)
+"""Features of a head that our kernels take."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each of B examples stands among the packed positions.
@@ -53,7 +57,8 @@ class Layout:
     @cached_property
     def places(self) -> Tensor:
         """(N,) the place of each position within its example."""
-        return torch.cat([torch.arange(width) for width in self.widths])
+        widths = torch.tensor(self.widths)
+        return torch.arange(self.positions) - torch.repeat_interleave(widths.cumsum(0) - widths, widths)
 
     def union(self, other: Layout) -> Layout:
         """Of two layouts of the same widths: a position is a key if it is one in either."""
@@ -145,7 +150,7 @@ def attention(qkv: Tensor, layout: Layout, heads: int, *, bias: Tensor | None, s
         (N, heads · width).
     """
     inner = qkv.shape[1] // 3
-    if fused_kernels(qkv):
+    if fused_kernels(qkv) and inner // heads in FUSED_WIDTHS:
         from supmer_ray.model.fused import PackedAttention
 
         return PackedAttention.apply(qkv, bias, layout, heads, scale)

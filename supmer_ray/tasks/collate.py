@@ -29,9 +29,10 @@ def collate(
     device = torch.device(device)
     lengths = examples.lengths[rows]
     widths = lengths if widths is None else widths
-    real = np.concatenate([np.arange(width) < length for width, length in zip(widths, lengths, strict=True)])
-    ids = np.full(int(widths.sum()), pad, np.int64)
-    ids[real] = np.concatenate([examples.tokens[examples.offsets[r] : examples.offsets[r + 1]] for r in rows])
+    place = np.arange(widths.sum()) - np.repeat(np.cumsum(widths) - widths, widths)
+    real = place < np.repeat(lengths, widths)
+    ids = np.full(len(place), pad, np.int64)
+    ids[real] = examples.tokens[(np.repeat(examples.offsets[rows], widths) + place)[real]]
     labels = examples.labels[rows].astype(np.int64)
     said = np.where(labels == IGNORED, pad, labels)[:, :-1]
     decoder_ids = np.concatenate([np.full((len(rows), 1), start, np.int64), said], axis=1)

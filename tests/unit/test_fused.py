@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -14,6 +19,7 @@ pytest.importorskip("triton")
 
 from supmer_ray.model.fused import AddNorm, PackedAttention, reach
 
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, WIDTH = 2, 16
 LAYOUTS = {
@@ -132,6 +138,25 @@ def test_a_whole_t5_is_the_same_with_the_kernels(feed_forward, checkpointing, mo
     assert len(calls) >= 4, "both layers of the encoder and of the decoder took them"
     for one, other, allowed in zip(found, wanted, (1e-5, 1e-5, 1e-4), strict=True):
         assert relative(one, other) < allowed
+
+
+def test_heads_of_other_widths_are_left_to_torch(monkeypatch):
+    layout = LAYOUTS["different, with padding"]
+    qkv = torch.randn(layout.positions, 3 * 2 * 24)
+    wanted = attention(qkv, layout, 2, bias=None, scale=0.2)
+    monkeypatch.setattr(packed, "fused_kernels", lambda tensor: True)
+    assert attention(qkv, layout, 2, bias=None, scale=0.2).equal(wanted)
+
+
+@pytest.mark.parametrize("capability,width,dtype", [(80, 64, "bfloat16"), (86, 128, "bfloat16"), (90, 32, "float32")])
+def test_kernels_compile_for_gpus_that_are_not_here(capability, width, dtype, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests/compile_kernels.py"), str(capability), str(width), dtype]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # What a program may have of it on the GPUs that have least, those of 86 and 89.
+    assert int(done.stdout) <= 99 * 1024
 
 
 def test_kernels_are_for_gpus_where_fused_ones_are_wanted():
