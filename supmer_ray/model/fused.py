@@ -195,11 +195,19 @@ def reach(longest: int) -> int:
 
 
 class PackedAttention(torch.autograd.Function):
-    """(N, 3 · inner) queries, keys and values side by side → (N, inner), for a bias that is a constant."""
+    """Attention of each example to its own keys: `packed.attention`, in one kernel forwards and three backwards.
+
+    Args:
+        qkv: (N, 3 · inner) queries, keys and values side by side.
+        bias: (1, heads, L, L) a constant, or None; filled up to `reach` where it is shorter.
+
+    Returns:
+        (N, inner).
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, layout: Layout, heads: int, scale: float) -> Tensor:
-        positions, inner = qkv.shape[0], qkv.shape[1] // 3
+        qkv, positions, inner = qkv.contiguous(), qkv.shape[0], qkv.shape[1] // 3
         table, longest = layout.table(qkv.device), max(layout.widths)
         if bias is not None:
             if (missing := reach(longest) - bias.shape[-1]) > 0:
@@ -279,6 +287,7 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x, delta = x.contiguous(), delta.contiguous()
         total, normed = torch.empty_like(x), torch.empty_like(x)
         inverses = x.new_empty(len(x), dtype=torch.float32)
         size = x.shape[1]

@@ -109,9 +109,10 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def fused_kernels(tensor: Tensor) -> bool:
     """Whether our own kernels take it: on a GPU, unless fused ones are switched off, as they have no second derivative.
 
-    Without Triton, torch's kernels take each group of equal examples.
+    Without Triton, and in double precision, torch's kernels take each group of equal examples.
     """
-    return tensor.is_cuda and torch.backends.cuda.flash_sdp_enabled() and _has_triton()
+    single = tensor.is_cuda and tensor.dtype != torch.float64
+    return single and torch.backends.cuda.flash_sdp_enabled() and _has_triton()
 
 
 @cache
