@@ -112,11 +112,12 @@ def fused_kernels(tensor: Tensor) -> bool:
     Without Triton, and in double precision, torch's kernels take each group of equal examples.
     """
     single = tensor.is_cuda and tensor.dtype != torch.float64
-    return single and torch.backends.cuda.flash_sdp_enabled() and _has_triton()
+    return single and torch.backends.cuda.flash_sdp_enabled() and has_triton()
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the compiler of our own kernels is installed: torch for CUDA brings it on Linux."""
     return importlib.util.find_spec("triton") is not None
 
 
