@@ -8,7 +8,6 @@ A property that takes longer than usual on a busy machine is no less true.
 import os
 
 import pytest
-import torch
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # busy process they took the cores from those that they waited for: steps were ten times slower on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_ADDRESS"] = "local"
+
+import torch  # reads the lines above when it is imported
+
 # Where there is no GPU, its kernels are interpreted. Triton reads this when it is first imported, by whomever.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

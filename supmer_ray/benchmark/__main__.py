@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-baseline", action="store_true", help="time our step alone (sizes the baseline cannot hold)"
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
-    parser.add_argument("--compiled", action="store_true", help="also time our step with its norms compiled")
+    parser.add_argument("--compiled", action="store_true", help="on a CPU: also time our step with its norms compiled")
     parser.add_argument("--gpu", action="store_true", help="everything that is asked of a GPU, in one go")
     parser.add_argument("--data", action="store_true", help="measure the builder of meta-tasks on --store")
     parser.add_argument("--scaling", action="store_true", help="measure one worker against two at each --lengths")

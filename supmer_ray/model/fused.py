@@ -50,7 +50,8 @@ def _forward(
         key = tl.load(k + columns[None, :] * stride + features[:, None], mask=inside[None, :], other=0.0)
         score = tl.dot(query, key, input_precision="ieee") * (scale * LOG2_E)
         if BIASED:
-            score += tl.load(bias + head * bias_head + rows[:, None] * bias_row + columns[None, :]) * LOG2_E
+            own_bias = tl.load(bias + head * bias_head + rows[:, None] * bias_row + columns[None, :])
+            score += own_bias.to(tl.float32) * LOG2_E  # a number takes the precision of what it is multiplied with
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
@@ -102,7 +103,8 @@ def _backward_keys(
             query = tl.load(q + rows[None, :] * stride + features[:, None], mask=real[None, :], other=0.0)
             score = tl.dot(key, query, input_precision="ieee") * (scale * LOG2_E)
             if BIASED:
-                score += tl.load(bias + head * bias_head + rows[None, :] * bias_row + columns[:, None]) * LOG2_E
+                own_bias = tl.load(bias + head * bias_head + rows[None, :] * bias_row + columns[:, None])
+                score += own_bias.to(tl.float32) * LOG2_E
             place = head * positions + start + rows
             weight = tl.exp2(score - tl.load(scores + place, mask=real, other=0.0)[None, :])
             weight = tl.where(inside[:, None] & real[None, :], weight, 0.0)
@@ -149,7 +151,8 @@ def _backward_queries(
         value = tl.load(v + across, mask=inside[None, :], other=0.0)
         score = tl.dot(query, key, input_precision="ieee") * (scale * LOG2_E)
         if BIASED:
-            score += tl.load(bias + head * bias_head + rows[:, None] * bias_row + columns[None, :]) * LOG2_E
+            own_bias = tl.load(bias + head * bias_head + rows[:, None] * bias_row + columns[None, :])
+            score += own_bias.to(tl.float32) * LOG2_E  # a number takes the precision of what it is multiplied with
         weight = tl.where(inside[None, :] & real[:, None], tl.exp2(score - height[:, None]), 0.0)
         of_score = weight * (tl.dot(above, value, input_precision="ieee") - common[:, None])
         of_query += tl.dot(of_score.to(key.dtype), tl.trans(key), input_precision="ieee")
@@ -168,7 +171,7 @@ def block_sizes(longest: int, width: int, dtype: torch.dtype) -> dict[str, dict[
     """Queries and keys of a program, and its warps and stages, by kernel.
 
     For heads of up to 64 features in half precision the fastest of those tried on an H100; they need 96 KiB of shared
-    memory there and 80 on GPUs before it, which all that know bfloat16 have. Wider ones take as little.
+    memory there and 80 on GPUs before it, which all from Ampere on have. Wider ones take as little.
 
     Args:
         longest: positions of the longest example.

@@ -109,16 +109,23 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def fused_kernels(tensor: Tensor) -> bool:
     """Whether our own kernels take it: on a GPU, unless fused ones are switched off, as they have no second derivative.
 
-    Without Triton, and in double precision, torch's kernels take each group of equal examples.
+    Without Triton, before Ampere, and in double precision, torch's kernels take each group of equal examples.
     """
-    single = tensor.is_cuda and tensor.dtype != torch.float64
-    return single and torch.backends.cuda.flash_sdp_enabled() and has_triton()
+    if not tensor.is_cuda or tensor.dtype == torch.float64 or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    return has_triton() and _from_ampere(tensor.device)
 
 
 @cache
 def has_triton() -> bool:
     """Whether the compiler of our own kernels is installed: torch for CUDA brings it on Linux."""
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _from_ampere(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16, and a program there may have the shared memory that ours need."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def half_on_cpu(tensor: Tensor) -> bool:

@@ -137,7 +137,8 @@ class T5Forward:
         if x.dtype == torch.float64:
             # The library takes the variance in float32 even here, and numbers recorded with it hold that rounding.
             return x, norm(x)
-        if fused_kernels(x):
+        # One kernel, with sums in float32 where x itself is bfloat16.
+        if x.is_cuda and (fused_kernels(x) or x.dtype == norm.weight.dtype == torch.bfloat16):
             return x, rms_norm(x, x.shape[-1:], norm.weight, self._eps)
         return x, _RootMeanSquare.apply(x, norm.weight, self._eps, self.compiled)
 

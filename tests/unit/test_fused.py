@@ -64,6 +64,23 @@ def test_attention_of_all_lengths_together_is_that_of_each(name, biased, monkeyp
         assert relative(found_gradient.cpu(), wanted_gradient) < 1e-6
 
 
+def test_a_large_bias_in_half_precision_loses_no_more_than_its_own_digits(monkeypatch):
+    """The interpreter has no bfloat16, but float16 takes the same way: half factors, scores and sums in float32."""
+    layout, generator = LAYOUTS["different, with padding"], torch.Generator().manual_seed(0)
+    qkv = torch.randn(layout.positions, 3 * HEADS * WIDTH, generator=generator).half()
+    bias = 10 * torch.randn(1, HEADS, 128, 128, generator=generator).half()
+    gradient = torch.randn(layout.positions, HEADS * WIDTH, generator=generator).half()
+    monkeypatch.setattr(packed, "fused_kernels", lambda tensor: False)
+    exact = qkv.double().requires_grad_()
+    wanted = attention(exact, layout, HEADS, bias=bias.double(), scale=0.3)
+    [wanted_gradient] = torch.autograd.grad(wanted, exact, gradient.double())
+    own = qkv.to(DEVICE).requires_grad_()
+    found = PackedAttention.apply(own, bias.to(DEVICE), layout, HEADS, 0.3)
+    [found_gradient] = torch.autograd.grad(found, own, gradient.to(DEVICE))
+    assert relative(found.cpu(), wanted) < 3e-4
+    assert relative(found_gradient.cpu(), wanted_gradient) < 6e-4
+
+
 def test_a_decoder_sees_no_later_position():
     layout, generator = LAYOUTS["of a decoder"], torch.Generator().manual_seed(0)
     qkv = torch.randn(layout.positions, 3 * HEADS * WIDTH, generator=generator, device="cpu").to(DEVICE)
