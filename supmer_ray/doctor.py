@@ -44,7 +44,7 @@ def describe() -> None:
     from supmer_ray.cluster import connect, require_room
     from supmer_ray.config import WorkersConfig
     from supmer_ray.embedded import resolve
-    from supmer_ray.model.packed import has_triton
+    from supmer_ray.model.packed import compiles_kernels
     from supmer_ray.registry import home
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -60,8 +60,10 @@ def describe() -> None:
     )
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     table.add_row("GPUs here", ", ".join(gpus) or "none")
-    if gpus and not has_triton():
-        table.add_row("GPU kernels", "triton is missing, and attention slower without it: install it with pip")
+    if gpus and not compiles_kernels():
+        table.add_row(
+            "GPU kernels", "slower ones of torch: ours need triton (install it with pip) and a C compiler such as gcc"
+        )
     try:
         resources = connect()
         table.add_row("cluster", f"{len(resources.node_cpus)} nodes, {resources.cpus:g} CPUs, {resources.gpus:g} GPUs")

@@ -46,7 +46,7 @@ def finetune(
     best, kept = evaluate(0), _weights(tuned)
     for step in range(1, config.steps + 1):
         drawn = next(batches)
-        for part in micro_batches(examples.lengths[drawn], prompt.shape[1], token_budget or backbone.token_budget):
+        for part in micro_batches(examples.lengths[drawn], prompt.shape[1], token_budget or tuned.token_budget):
             rows = collate(examples, drawn[part], pad=tuned.pad, start=tuned.start, device=tuned.device)
             states, layout = encode_prompted(tuned, prompt, rows)
             losses = label_losses(tuned, states, layout, rows, answers_only=config.loss == "answers")

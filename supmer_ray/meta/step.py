@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from supmer_ray.errors import UserError
-from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.backbone import WITH_SCORES, Backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import ANSWER, Rows, choice_log_p, encode_prompted, micro_batches, prompt_gradients
 from supmer_ray.tasks.batch import Examples, TaskBatch
@@ -105,7 +105,8 @@ class MetaStep:
         self.regularizer = regularizer
         self.second_order = second_order
         self.answers_only = answers_only
-        self.token_budget = token_budget or backbone.token_budget
+        suits = min(backbone.token_budget, WITH_SCORES) if second_order else backbone.token_budget
+        self.token_budget = token_budget or suits
 
     def __call__(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch, mixing: np.ndarray) -> MetaGradients:
         """One meta-step.

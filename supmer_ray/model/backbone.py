@@ -34,6 +34,10 @@ from supmer_ray.model.t5 import T5Forward
 transformers_logging.disable_progress_bar()
 
 
+WITH_SCORES = 16384
+"""Most tokens of a micro-batch on a GPU where attention keeps the scores of each example and head for the backward."""
+
+
 class Forward(Protocol):
     """How a family of models computes, on packed rows."""
 
@@ -117,15 +121,16 @@ class Backbone:
     def token_budget(self) -> int:
         """Tokens of a micro-batch, prompts included, that suit the device.
 
-        On a GPU as many as hide the launching of kernels behind them, but no more than what they keep for the backward
-        (about one and a half times what the encoder's products put out) fills half of the memory with.
+        On a GPU as many as hide the launching of kernels behind them, but no more than half of its memory holds: they
+        keep about one and a half times what the encoder's products put out, and a library's forward its scores too.
         """
         if self.device.type != "cuda":
             return 4096
+        most = WITH_SCORES if isinstance(self.forward, LibraryForward) else 65536
         encoder = self.model.get_encoder().modules()
         kept = 1.5 * self.dtype.itemsize * sum(part.out_features for part in encoder if hasattr(part, "out_features"))
         memory = torch.cuda.get_device_properties(self.device).total_memory
-        return max(4096, min(65536, int(memory / 2 / kept)))
+        return max(4096, min(most, int(memory / 2 / kept)))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import accumulate, groupby
@@ -109,17 +111,18 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def fused_kernels(tensor: Tensor) -> bool:
     """Whether our own kernels take it: on a GPU, unless fused ones are switched off, as they have no second derivative.
 
-    Without Triton, before Ampere, and in double precision, torch's kernels take each group of equal examples.
+    Where they cannot be compiled, before Ampere, and in double precision, torch's take each group of equal examples.
     """
     if not tensor.is_cuda or tensor.dtype == torch.float64 or not torch.backends.cuda.flash_sdp_enabled():
         return False
-    return has_triton() and _from_ampere(tensor.device)
+    return compiles_kernels() and _from_ampere(tensor.device)
 
 
 @cache
-def has_triton() -> bool:
-    """Whether the compiler of our own kernels is installed: torch for CUDA brings it on Linux."""
-    return importlib.util.find_spec("triton") is not None
+def compiles_kernels() -> bool:
+    """Whether our own kernels can be compiled: by Triton, which torch for CUDA brings on Linux, and a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return importlib.util.find_spec("triton") is not None and compiler is not None
 
 
 @cache

@@ -1,8 +1,10 @@
 """Loading frozen models: what they are told apart by, where an answer goes, and what is refused."""
 
+import copy
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -20,6 +22,7 @@ from transformers import (
 from supmer_ray.data.embed import _means, mean_pooled
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone, _spread, load_backbone
+from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted
 
@@ -153,6 +156,25 @@ def test_a_pickle_is_never_read(folder, tmp_path):
     torch.save(AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
         load_backbone(str(tmp_path))
+
+
+def test_a_micro_batch_on_a_gpu_takes_half_of_its_memory_and_less_where_scores_are_kept(folder, monkeypatch):
+    backbone = load_backbone(str(folder))
+    encoder = backbone.model.get_encoder()
+    outputs = sum(part.out_features for part in encoder.modules() if isinstance(part, torch.nn.Linear))
+
+    def budget(memory, forward=backbone.forward):
+        monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+        own = copy.copy(backbone)
+        own.forward = forward
+        return own.token_budget
+
+    assert backbone.token_budget == 4096
+    backbone.__dict__.pop("token_budget")
+    assert budget(2 * 20_000 * 1.5 * 4 * outputs) == 20_000
+    assert budget(2**50) == 65536 and budget(2**20) == 4096
+    assert budget(2**50, LibraryForward(backbone.model)) == 16384
 
 
 @pytest.mark.parametrize("setting", ["checkpoint_activations", "compile_norms"])
