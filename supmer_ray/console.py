@@ -79,9 +79,11 @@ class StageLine:
             self._written, self._said = time.monotonic(), (done, note)
             errors.print(f"{self.title}: {self._text()}", soft_wrap=True)
 
-    def named(self, title: str, done: int, total: int | None, unit: str) -> None:
-        """`update` for stages that say their own title and unit."""
+    def named(self, title: str, done: int, total: int | None, unit: str, note: str = "") -> None:
+        """`update` for stages that say their own title and unit, and now and then a sentence."""
         self.update(done, total, title=title, unit=unit)
+        if note:
+            errors.print(note, soft_wrap=True)
 
     def train_row(self, steps: int) -> Callable[[dict[str, Any]], None]:
         """A callback for the rows of a run's metrics file."""

@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
@@ -61,8 +61,15 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 5.0
 """How often whoever follows is told that cells are still at work: one may take minutes."""
 
-Progress = Callable[[str, int, int | None, str], None]
-"""Called with what is being done, how much of it is done, of how much (if known), and in what unit."""
+
+class Progress(Protocol):
+    """Called with what is being done, how much of it is done, of how much (if known), and in what unit.
+
+    A `note` is a sentence of a meta-training that its user must not miss: it waits for room, or was started again.
+    """
+
+    def __call__(self, title: str, done: int, total: int | None, unit: str, note: str = "") -> None: ...
+
 
 _Rows = list[dict[str, Any]]
 """What comes of a cell."""
@@ -105,7 +112,7 @@ def evaluate(
             shutil.rmtree(out)
         (out / CELLS).mkdir(parents=True, exist_ok=True)
         write_json(out / DESCRIPTION, description)
-        tell = progress or (lambda title, done, total, unit: None)
+        tell = progress or (lambda title, done, total, unit, note="": None)
         try:
             checkpoints = {
                 (point.run_variant, method.name): _checkpoint(plan, point, method, out, tell)
@@ -171,9 +178,14 @@ def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progr
         config = method.run_config(point.config.run)
         title = f"Meta-training {method.name}{f', {point.run_variant}' if point.run_variant else ''}"
 
+        done = 0
+
         def show(row: dict[str, Any]) -> None:
+            nonlocal done
             if row["kind"] == "step":
-                tell(title, row["step"], config.meta.steps, "steps")
+                done = row["step"]
+            if row["kind"] in ("step", "notice"):
+                tell(title, done, config.meta.steps, "steps", row.get("text", ""))
 
         started = (folder / CONFIG_FILE).is_file()
         train(config, store, folder, resume=started, overwrite=not started, progress=show)

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from comparing import ADAPT, METHODS
+from comparing import ADAPT, META, METHODS
+from faults import kill_workers
 
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _run_cell, evaluate
@@ -60,7 +61,7 @@ KILLED = """
 import os, pickle, signal, sys
 from supmer_ray.evaluate import evaluate
 
-def die(title, done, total, unit):
+def die(title, done, total, unit, note=""):
     if unit == "cells" and 0 < done < total:
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
@@ -84,6 +85,23 @@ def test_a_killed_evaluation_goes_on(ray_cluster, plan, tmp_path):
     again = evaluate(whole, out, resume=True)
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), undisturbed.drop(columns="seconds"))
     assert finished.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_an_evaluation_says_that_its_meta_training_lost_a_worker(plan, tmp_path):
+    killed, said = [], []
+
+    def follow(title, done, total, unit, note=""):
+        if unit == "steps" and not killed:
+            killed.extend(kill_workers())
+        if note:
+            said.append((title, note))
+
+    run = META | {"meta": {"steps": 30, "prompt_rate": 0.3}}
+    evaluate(plan(["supmer"], run=run), tmp_path / "out", progress=follow)
+    [(title, note)] = said
+    assert killed and title == "Meta-training supmer"
+    assert note.startswith("Worker 0 failed (") and "restart 1 of at most" in note
 
 
 def test_a_curve_gives_each_value_its_rows(along_shots):

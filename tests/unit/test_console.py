@@ -49,6 +49,16 @@ def test_lines_are_few_and_notices_are_never_left_out(clock, capsys):
     assert said[-2] == "A snapshot is damaged." and re.match(r"Meta-training: 100 steps in 1:40", said[-1])
 
 
+def test_a_stage_that_says_its_own_title_says_sentences_too(clock, capsys):
+    line = StageLine("Comparing", "cells", live=False)
+    line.named("Meta-training supmer", 3, 10, "steps")
+    line.named("Meta-training supmer", 3, 10, "steps", "Worker 0 failed (it was killed).")
+    line.named("Adapting and testing", 1, 2, "cells")
+    assert capsys.readouterr().err.splitlines() == [
+        "Worker 0 failed (it was killed).", "Meta-training supmer: 3 steps in 0 s"
+    ]  # fmt: skip
+
+
 def test_a_log_says_now_and_then_that_the_work_still_goes_on(clock, capsys):
     line = StageLine("Adapting and testing", "cells", live=False)
     for second in range(1, 131):
