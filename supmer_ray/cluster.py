@@ -139,6 +139,14 @@ def this_node_cpus() -> float:
     return next(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)
 
 
+def sharing(workers: int) -> int:
+    """How many of so many workers a node has, where they are spread evenly over those that have CPUs now."""
+    import ray
+
+    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    return -(-workers // max(1, nodes))
+
+
 def _knock(address: str) -> None:
     """Try the port of a cluster once: Ray itself would go on for ten minutes, and fill the screen meanwhile.
 

@@ -21,54 +21,37 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from supmer_ray.cluster import connect
-from supmer_ray.config import Precision, PrepareConfig
-from supmer_ray.data.sources import open_source
-from supmer_ray.data.store import MANIFEST
+from supmer_ray.config import Precision
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.fewshot.comparison import gaps, markdown, summarize
 from supmer_ray.fewshot.definition import TaskRows
-from supmer_ray.fewshot.method import Method
 from supmer_ray.fewshot.plan import (
     CELLS,
     DESCRIPTION,
     GAPS,
     RESULTS,
-    RUNS,
-    STORES,
     SUMMARY,
     TABLE,
     Cell,
     Plan,
-    Point,
-    file_name,
     require_same,
     task_name,
 )
 from supmer_ray.fewshot.tables import write_table
 from supmer_ray.files import Place, held, require_outside, whole_file, write_json
 from supmer_ray.meta.record import read_rows
-from supmer_ray.meta.run import CONFIG_FILE
-from supmer_ray.train import CHECKPOINT, train
+from supmer_ray.origins import Progress, find_checkpoints, require_sources
 
 if TYPE_CHECKING:
     from supmer_ray.model.backbone import Backbone
 
 LOOK_SECONDS = 5.0
 """How often whoever follows is told that cells are still at work: one may take minutes."""
-
-
-class Progress(Protocol):
-    """Called with what is being done, how much of it is done, of how much (if known), and in what unit.
-
-    A `note` is a sentence of a meta-training that its user must not miss: it waits for room, or was started again.
-    """
-
-    def __call__(self, title: str, done: int, total: int | None, unit: str, note: str = "") -> None: ...
 
 
 _Rows = list[dict[str, Any]]
@@ -80,7 +63,7 @@ def evaluate(
 ) -> pd.DataFrame:
     """Compare the plan's methods on its tasks, on the Ray cluster that is there.
 
-    Methods that need meta-training and have no checkpoint are trained first, into `out`.
+    Methods that need meta-training and have no checkpoint are trained first, into `out`, as many at a time as fit.
 
     Args:
         out: on a cluster a path that every node sees.
@@ -94,6 +77,7 @@ def evaluate(
 
     Raises:
         UserError: unusable input; what was finished before it stays in `out`, and where nothing was, nothing does.
+        Stopped: SIGTERM or SIGINT came during meta-training; `resume` goes on.
     """
     out = Path(out).resolve()
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
@@ -104,7 +88,7 @@ def evaluate(
     if resume:
         require_same(out, description)
     plan.check(rows)
-    _require_sources(plan, out, anew=overwrite)
+    require_sources(plan, out, anew=overwrite)
     if overwrite or not all(_cell_file(out, cell).is_file() for cell in plan.cells()):
         _require_encoders(plan, rows)
     with held(out, "an evaluation"):
@@ -114,12 +98,7 @@ def evaluate(
         write_json(out / DESCRIPTION, description)
         tell = progress or (lambda title, done, total, unit, note="": None)
         try:
-            checkpoints = {
-                (point.run_variant, method.name): _checkpoint(plan, point, method, out, tell)
-                for point in plan.points()
-                for method in plan.methods
-                if method.meta is not None
-            }
+            checkpoints = find_checkpoints(plan, out, tell)
             _run_cells(plan, rows, checkpoints, out, tell)
         except UserError:
             # Before anything was made: the command, mended, shall not be told that the folder is taken.
@@ -127,22 +106,6 @@ def evaluate(
                 shutil.rmtree(out)
             raise
         return _conclude(plan, checkpoints, out)
-
-
-def _require_sources(plan: Plan, out: Path, *, anew: bool) -> None:
-    """Refuse now the text of which a store could not be made later.
-
-    Raises:
-        UserError: a source is not there or cannot be read.
-    """
-    trained = any(method.meta is not None and method.name not in plan.given for method in plan.methods)
-    made = [
-        point.config.prepare
-        for point in plan.points()
-        if trained and not plan.store and (anew or not (_store_folder(out, point) / MANIFEST).is_file())
-    ]
-    for name in {name for prepare in made if prepare for name in prepare.sources}:
-        open_source(name)
 
 
 def _require_encoders(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
@@ -166,45 +129,6 @@ def _require_encoders(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
             if (name, limit, pattern) not in seen:
                 TaskEncoder(backbone, definition, max_length=limit, pattern=pattern)
                 seen.add((name, limit, pattern))
-
-
-def _checkpoint(plan: Plan, point: Point, method: Method, out: Path, tell: Progress) -> Place:
-    """Where the method's checkpoint at this point lies; meta-trained now if it is not there yet."""
-    if given := plan.given.get(method.name):
-        return given
-    folder = out / RUNS / file_name(method.name, point.run_variant)
-    if not (folder / CHECKPOINT / "config.json").is_file():
-        store = plan.store or _store(point, out, tell)
-        config = method.run_config(point.config.run)
-        title = f"Meta-training {method.name}{f', {point.run_variant}' if point.run_variant else ''}"
-
-        done = 0
-
-        def show(row: dict[str, Any]) -> None:
-            nonlocal done
-            if row["kind"] == "step":
-                done = row["step"]
-            if row["kind"] in ("step", "notice"):
-                tell(title, done, config.meta.steps, "steps", row.get("text", ""))
-
-        started = (folder / CONFIG_FILE).is_file()
-        train(config, store, folder, resume=started, overwrite=not started, progress=show)
-    return Place.of(folder / CHECKPOINT)
-
-
-def _store(point: Point, out: Path, tell: Progress) -> Path:
-    from supmer_ray.data.prepare import prepare
-
-    assert point.config.prepare
-    folder = _store_folder(out, point)
-    if not (folder / MANIFEST).is_file():
-        config: PrepareConfig = point.config.prepare.model_copy(update={"backbone": point.config.backbone})
-        prepare(config, folder, progress=tell)
-    return folder
-
-
-def _store_folder(out: Path, point: Point) -> Path:
-    return out / STORES / file_name("store", point.store_variant)
 
 
 def _run_cells(

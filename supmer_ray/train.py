@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus
+from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, sharing
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError
@@ -67,6 +68,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    at_a_time: int = 1,
 ) -> TrainResult:
     """Meta-train a soft prompt and a gradient regularizer with Ray Train.
 
@@ -75,10 +78,12 @@ def train(
         out: the run's folder, or the URI of one (`s3://…`); on a cluster every node must see it.
         resume: go on from the last snapshot in `out`, under the configuration that stands there.
         overwrite: replace what `out` holds.
+        stop: set from outside, it ends the run as a signal would; unset: SIGTERM and SIGINT do, in the main thread.
+        at_a_time: how many such runs share the cluster.
 
     Raises:
         UserError: unusable input, too few CPUs, or another run in `out`; nothing was written.
-        Stopped: SIGTERM or SIGINT came; what was learned until then is kept for `resume`.
+        Stopped: it was told to end; what was learned until then is kept for `resume`.
     """
     place, store = Place(str(out)), Place.of(store).resolved
     opened = Outline.open(store)
@@ -103,7 +108,9 @@ def train(
         (place / REFUSAL_FILE).remove()
         place.write(STOP_FILE, "")
         gpu = resources.has_gpus_for(config.workers)
-        _fit(RunPlan(config, store, place), gpu, progress)
+        plan = RunPlan(config, store, place, beside=sharing(at_a_time * config.workers.count))
+        with nullcontext(stop) if stop else stop_signals() as told:
+            _fit(plan, gpu, told, progress)
         return _conclude(place, config.meta.steps)
 
 
@@ -144,8 +151,8 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: Sequence[Any] = ()) -> 
     )
 
 
-def _fit(plan: RunPlan, gpu: bool, progress: Progress | None) -> None:
-    """Run the trainer and pass the metrics rows on, until it ends or a signal asks for the end.
+def _fit(plan: RunPlan, gpu: bool, stop: threading.Event, progress: Progress | None) -> None:
+    """Run the trainer and pass the metrics rows on, until it ends or is told to.
 
     Raises:
         Exception: of `progress`, after the run was stopped with a snapshot: none goes on with nobody looking on.
@@ -165,19 +172,25 @@ def _fit(plan: RunPlan, gpu: bool, progress: Progress | None) -> None:
     follow.look()
     before, waiting = follow.rows, Waiting("The run", plan.config.workers)
     pause = MetricsLog.REMOTE_SECONDS if plan.out.remote else FOLLOW_SECONDS
-    with _stop_signals(plan.out) as told:
-        thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(pause)
-                follow.look()
-                if progress and follow.rows == before and (text := waiting.notice()):
-                    progress({"kind": "notice", "step": 0, "text": text})
+    told, looked = False, time.monotonic()
+    thread.start()
+    try:
+        while thread.is_alive():
+            if told:
+                thread.join(FOLLOW_SECONDS)
+            elif told := stop.wait(FOLLOW_SECONDS):
+                plan.out.write(STOP_FILE, "stop")
+            if time.monotonic() - looked < pause:
+                continue
+            looked = time.monotonic()
             follow.look()
-        except Exception:
-            plan.out.write(STOP_FILE, "stop")
-            thread.join()
-            raise
+            if progress and follow.rows == before and (text := waiting.notice()):
+                progress({"kind": "notice", "step": 0, "text": text})
+        follow.look()
+    except Exception:
+        plan.out.write(STOP_FILE, "stop")
+        thread.join()
+        raise
     if failures and plan.out.read(REFUSAL_FILE) is None:
         if any(_is_disk_full(error) for error in failures):
             raise UserError(
@@ -226,26 +239,24 @@ def _is_whole(run: Place, steps: int, snapshot: Any) -> bool:
 
 
 @contextmanager
-def _stop_signals(place: Place) -> Iterator[list[int]]:
-    """While the block runs, SIGTERM and SIGINT ask the workers to save and end; a second one ends at once.
+def stop_signals() -> Iterator[threading.Event]:
+    """While the block runs, SIGTERM and SIGINT set the event that is yielded; a second one ends at once.
 
-    Yields:
-        The signals that came.
+    In another thread than the main one no signal does.
     """
-    told: list[int] = []
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield stop
         return
 
     def on_signal(number: int, frame: Any) -> None:
-        if told:
+        if stop.is_set():
             raise KeyboardInterrupt
-        told.append(number)
-        place.write(STOP_FILE, "stop")
+        stop.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield told
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -210,7 +210,9 @@ class Cluster:
         """SIGKILL a node and everything that it started, as a power cut would."""
         import psutil
 
-        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+        parent = psutil.Process(node.pid)
+        # The parent first: seeing its children die, it would end by itself, as a node does that could not start.
+        for process in [parent, *parent.children(recursive=True)]:
             try:
                 process.kill()
             except psutil.NoSuchProcess:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from ray import tune as ray_tune
 
-from supmer_ray.cluster import DRIVER_CPUS, reserved_cpus
+from supmer_ray.cluster import DRIVER_CPUS, reserved_cpus, sharing
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, AdaptConfig, ObjectiveConfig, SweepConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import UserError
@@ -173,7 +173,8 @@ class Trial:
         place.local.mkdir(parents=True, exist_ok=True)
         try:
             config = run_config(self.config, settings_of(self.config, sample))
-            plan = RunPlan(config, self.store, place, self.types, self.objective, self._beside())
+            beside = sharing(self.at_a_time * config.workers.count)
+            plan = RunPlan(config, self.store, place, self.types, self.objective, beside)
             if config.workers.count == 1:
                 meta_train(plan, TrialHost(gpu=self.gpu))
             else:
@@ -185,13 +186,6 @@ class Trial:
             # Step 0, at which no scheduler does anything with it.
             worst = {"step": 0, "objective": self.objective.worst}
             ray_tune.report({**worst, "reached": reached, "refused": str(error)})
-
-    def _beside(self) -> int:
-        """How many workers of the sweep a node has, where they are spread evenly."""
-        import ray
-
-        nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-        return -(-self.at_a_time * self.config.base.workers.count // max(1, nodes))
 
     @property
     def resources(self) -> ray_tune.PlacementGroupFactory:

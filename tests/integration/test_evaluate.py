@@ -1,5 +1,6 @@
 """Comparing methods on a real cluster: every way to learn, a killed evaluation that goes on, and refusals."""
 
+import os
 import pickle
 import signal
 import subprocess
@@ -10,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 from comparing import ADAPT, META, METHODS
-from faults import kill_workers
+from faults import kill_workers, rows_of
 
-from supmer_ray.errors import UserError
+from supmer_ray.errors import Stopped, UserError
 from supmer_ray.evaluate import _run_cell, evaluate
 from supmer_ray.fewshot.definition import TaskRows, load_definition
 from supmer_ray.fewshot.suite import Curve, Suite
@@ -92,7 +93,7 @@ def test_an_evaluation_says_that_its_meta_training_lost_a_worker(plan, tmp_path)
     killed, said = [], []
 
     def follow(title, done, total, unit, note=""):
-        if unit == "steps" and not killed:
+        if unit == "steps" and done and not killed:
             killed.extend(kill_workers())
         if note:
             said.append((title, note))
@@ -100,8 +101,36 @@ def test_an_evaluation_says_that_its_meta_training_lost_a_worker(plan, tmp_path)
     run = META | {"meta": {"steps": 30, "prompt_rate": 0.3}}
     evaluate(plan(["supmer"], run=run), tmp_path / "out", progress=follow)
     [(title, note)] = said
-    assert killed and title == "Meta-training supmer"
-    assert note.startswith("Worker 0 failed (") and "restart 1 of at most" in note
+    assert title == "Meta-training supmer"
+    assert note.startswith("supmer: Worker 0 failed (") and "restart 1 of at most" in note
+
+
+def test_methods_are_meta_trained_at_once_where_they_fit(plan, tmp_path):
+    said = []
+    run = META | {"workers": {"cpus": 0.5}}  # and as much for its builder: two such are on two CPUs
+    evaluate(plan(["supmer", "ppt"], run=run), tmp_path / "out", progress=lambda *what, **_: said.append(what))
+    runs = [tmp_path / "out" / "runs" / name for name in ("supmer", "ppt")]
+    begun = [rows_of(run / "metrics.jsonl", "start")[0]["reached"]["worker"] for run in runs]
+    ended = [(run / "checkpoint" / "config.json").stat().st_mtime for run in runs]
+    assert max(begun) < min(ended)
+    assert ("Meta-training 2 runs", 4, 4, "steps") in said
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_told_to_stop_in_a_meta_training_goes_on(plan, tmp_path):
+    whole, out, told = plan(["supmer"], run=META | {"meta": {"steps": 30, "prompt_rate": 0.3}}), tmp_path / "out", []
+
+    def stop(title, done, total, unit, note=""):
+        if unit == "steps" and done and not told:
+            told.append(done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=r"the evaluation in .*out was stopped; continue it with --resume"):
+        evaluate(whole, out, progress=stop)
+    run = out / "runs" / "supmer"
+    assert len(rows_of(run / "metrics.jsonl", "step")) < 30 and not (run / "checkpoint").exists()
+    assert len(evaluate(whole, out, resume=True)) == 2 * 3
+    assert [row["step"] for row in rows_of(run / "metrics.jsonl", "step")] == list(range(1, 31))
 
 
 def test_a_curve_gives_each_value_its_rows(along_shots):
