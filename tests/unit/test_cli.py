@@ -210,6 +210,9 @@ def test_a_setting_is_given_once(tmp_path):
     checkpoints = ("--checkpoint", "supmer=A", "--checkpoint", "supmer=B")
     assert "--checkpoint names two for the method 'supmer'; give one" in refused(*tasks, *checkpoints)
     assert "write METHOD=FOLDER" in refused(*tasks, "--checkpoint", "supmer=")
+    for given in (("--shots", 4), ("--set", "adapt.shots = 4")):
+        message = refused(*tasks, "--curve", "shots", *given)
+        assert "The curve varies adapt.shots, which was given as well; leave one of the two out." in message
     message = refused(*tasks, "--data", tmp_path / "nowhere")
     assert re.search(r"There is no folder .*nowhere; name the one with the benchmarks' published files\.", message)
 
