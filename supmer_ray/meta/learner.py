@@ -37,6 +37,7 @@ class Learner:
     rank: int = 0
     workers: int = 1
     stopping: bool = field(default=False, init=False)
+    looking: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.step = MetaStep(
@@ -47,13 +48,14 @@ class Learner:
             token_budget=self.config.workers.tokens_per_micro_batch,
         )
 
-    def train_step(self, batch: TaskBatch, *, stop: bool = False) -> dict[str, Any]:
+    def train_step(self, batch: TaskBatch, *, stop: bool = False, look: bool = False) -> dict[str, Any]:
         """One meta-step with this worker's share of the tasks; returns the step's metrics.
 
         Norms and rates among them are those that the step began with.
 
         A step with a gradient that is not finite is left out on all workers alike, and counted. `stop`
-        says that this worker was asked to end the run; afterwards all workers have `stopping` set alike.
+        says that this worker was asked to end the run, `look` that it is time to look for nodes that leave; afterwards
+        all workers have `stopping` and `looking` set alike.
 
         Raises:
             FloatingPointError: too many such steps in a row.
@@ -69,15 +71,16 @@ class Learner:
         found = self.step(self.state.prompt, rates, batch, mixing)
         encoded = len(rates) * batch.support.lengths.sum() + batch.query.lengths.sum()
         encoded += batch.partner.lengths[mixing < 1].sum()  # at λ = 1 a query's partner is never read
-        mean, figures, asked = reduce_sums(found, float(lambdas.sum()), stop)
+        mean, figures, flags = reduce_sums(found, float(lambdas.sum()), (stop, look))
         found.marks.append(self.step.mark())
         norms = self.state.gradient_norms(mean)
         figures |= {f"{name}_gradient_norm": norm for name, norm in norms.items()}
         figures["prompt_norm"] = self.state.prompt.detach().norm(dim=1).mean()
         figures["inner_rate"] = rates.sum() / max(1, len(rates))
         # The only place where the host waits for the device.
-        values = torch.stack([asked, *(figure.to(asked) for figure in figures.values())]).tolist()
-        self.stopping, metrics = values[0] > 0, dict(zip(figures, values[1:], strict=True))
+        values = torch.stack([*flags, *(figure.to(flags) for figure in figures.values())]).tolist()
+        self.stopping, self.looking = (value > 0 for value in values[: len(flags)])
+        metrics = dict(zip(figures, values[len(flags) :], strict=True))
         if all(math.isfinite(metrics[f"{name}_gradient_norm"]) for name in norms):
             self.state.apply(mean, norms)
             progress.similarity = running_similarity(

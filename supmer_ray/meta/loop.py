@@ -34,6 +34,9 @@ from supmer_ray.tasks.formats import Formats
 STOP_LOOK_SECONDS = 0.5
 """How often a worker looks for `STOP_FILE`: `ray job stop` gives a driver three seconds."""
 
+LEAVE_LOOK_SECONDS = 5.0
+"""How often workers ask whether a node leaves, as Ray itself does, and how much they lose by it at most."""
+
 
 class Host(Protocol):
     """What runs a worker: Ray Train, or a trial of Ray Tune.
@@ -54,6 +57,9 @@ class Host(Protocol):
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         """Tell the driver, and keep the snapshot that `write` makes in an empty folder."""
+
+    def leaving(self) -> bool:
+        """Whether a node of the run is about to be taken away. All workers ask together, and hear the same."""
 
 
 class TrainHost:
@@ -82,6 +88,11 @@ class TrainHost:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def leaving(self) -> bool:
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
 
 
 def work(plan: RunPlan) -> None:
@@ -225,9 +236,11 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             report({"step": last, **plan.objective(learner, learner.validate(builder, types))})
         reached["validated"] = time.time()
         asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and bool(plan.out.glance(STOP_FILE)))
+        looked, leaving, announced = time.monotonic(), False, False
         for batch, waited in _timed(shards):
             started = time.perf_counter()
-            metrics = learner.train_step(batch, stop=asked())
+            look = rank == 0 and time.monotonic() - looked > LEAVE_LOOK_SECONDS
+            metrics = learner.train_step(batch, stop=asked(), look=look)
             seconds = time.perf_counter() - started
             done = state.progress.step
             row = {
@@ -241,12 +254,18 @@ def meta_train(plan: RunPlan, host: Host) -> None:
                 record.write({"kind": "start", "step": done, "reached": {**reached, "step": time.time()}})
                 reached = {}
             record.write(row)
+            if learner.looking:
+                looked, leaving = time.monotonic(), host.leaving()
+            if leaving and not announced:
+                announced = True
+                text = f"A node of the run will leave soon; from step {done} on it has a snapshot every few seconds."
+                record.write({"kind": "notice", "step": done, "text": text})
             validated = done % schedule.validate_every == 0 or done == last
             found = validate() if validated else {}
             if plan.objective:
                 if validated:
                     report({"step": done, **plan.objective(learner, found)})
-            elif done % schedule.checkpoint_every == 0 or done == last or learner.stopping:
+            elif done % schedule.checkpoint_every == 0 or done == last or learner.stopping or leaving:
                 report({name: value for name, value in row.items() if name != "kind"})
             if learner.stopping:
                 text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."

@@ -27,6 +27,10 @@ class TellRestarts(UserCallback):
         self._out, self._most, self._failures = out, most, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if any(getattr(_cause(error), "preempted", False) for error in worker_exceptions.values()):
+            # Its node was announced to leave, which rank 0 has said. Ray Train does not count it, and comes with it
+            # again and again until the other workers have ended, of whom rank 0 still writes rows.
+            return
         self._failures += 1
         if self._failures > self._most or self._out.read(REFUSAL_FILE) is not None:
             return  # the run ends, and the driver says why
@@ -41,8 +45,12 @@ def why_failed(errors: dict[int, Exception]) -> str:
     """Which worker failed and why, in a few words; the first that died, where others only miss it."""
     died = {rank: error for rank, error in errors.items() if hasattr(error, "health_check_failure")}
     rank, error = min((died or errors).items())
-    # Ray Train says of a dead worker that its health check failed, and keeps what Ray knows of its death: an actor's
-    # and a node's numbers, each on a line of its own behind a tab, and then a sentence.
-    error = getattr(error, "health_check_failure", error)
+    error = _cause(error)
+    # What Ray knows of a death: an actor's and a node's numbers, each on a line behind a tab, and a sentence.
     said = " ".join(line for line in str(error).splitlines() if not line.startswith("\t")) or type(error).__name__
     return f"Worker {rank} failed ({shorten(said, MOST_CHARACTERS, placeholder=' …').rstrip('.')})"
+
+
+def _cause(error: Exception) -> Exception:
+    """What lies behind an error: Ray Train says of a dead worker that its health check failed."""
+    return getattr(error, "health_check_failure", error)

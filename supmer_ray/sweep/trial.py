@@ -155,6 +155,10 @@ class TrialHost:
             write(Path(folder))
             ray_tune.report(metrics, checkpoint=ray_tune.Checkpoint.from_directory(folder))
 
+    def leaving(self) -> bool:
+        """Ray Tune does not say."""
+        return False
+
 
 @dataclass(frozen=True)
 class Trial:

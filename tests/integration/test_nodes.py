@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 
 import pandas as pd
@@ -97,6 +98,24 @@ def test_a_node_leaves_during_training_and_another_joins(cluster, undisturbed, t
     assert_a_restart_is_told(out / "metrics.jsonl")
     assert steps(out / "metrics.jsonl") == list(range(1, 13))
     assert_same_weights(out / "checkpoint", undisturbed.checkpoint)
+
+
+def test_a_node_that_says_that_it_leaves_takes_few_steps_with_it(cluster, tiny_store, tmp_path):
+    """SIGTERM, as when Kubernetes deletes a pod: half a minute later the node is gone. No regular snapshot is made."""
+    out, count = tmp_path / "run", 600
+    pairs = [*SETTINGS, f"meta.steps={count}", "schedule.checkpoint_every=1000", "schedule.validate_every=1000"]
+    settings = [part for pair in pairs for part in ("--set", pair)]
+    job = cluster.submit("python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings, installed=True)
+    cluster.wait_for(lambda: len(steps(out / "metrics.jsonl")) >= 4, "the fourth step")
+    node_of(cluster, "RayTrainWorker").send_signal(signal.SIGTERM)
+    told = steps(out / "metrics.jsonl")[-1]
+    cluster.wait_for_end(job)
+    file = out / "metrics.jsonl"
+    first, second = rows_of(file, "start")
+    assert first["step"] == 1 and second["step"] > told, "it went on from a snapshot that was made for it"
+    [notice] = [row["text"] for row in rows_of(file, "notice")]
+    assert re.fullmatch(r"A node of the run will leave soon; from step \d+ on it has a snapshot .*", notice)
+    assert steps(file) == list(range(1, count + 1))
 
 
 def test_two_workers_on_two_nodes_learn_what_one_learns_and_outlive_a_node(
