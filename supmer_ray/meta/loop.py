@@ -236,7 +236,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             report({"step": last, **plan.objective(learner, learner.validate(builder, types))})
         reached["validated"] = time.time()
         asked = Every(STOP_LOOK_SECONDS, lambda: rank == 0 and bool(plan.out.glance(STOP_FILE)))
-        looked, leaving, announced = time.monotonic(), False, False
+        looked, announced = time.monotonic(), False
         for batch, waited in _timed(shards):
             started = time.perf_counter()
             look = rank == 0 and time.monotonic() - looked > LEAVE_LOOK_SECONDS
@@ -254,8 +254,8 @@ def meta_train(plan: RunPlan, host: Host) -> None:
                 record.write({"kind": "start", "step": done, "reached": {**reached, "step": time.time()}})
                 reached = {}
             record.write(row)
-            if learner.looking:
-                looked, leaving = time.monotonic(), host.leaving()
+            leaving = learner.looking and host.leaving()
+            looked = time.monotonic() if learner.looking else looked
             if leaving and not announced:
                 announced = True
                 text = f"A node of the run will leave soon; from step {done} on it has a snapshot every few seconds."

@@ -21,6 +21,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from supmer_ray.config import TasksConfig
 from supmer_ray.data.store import Store
@@ -121,6 +122,7 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1) -> It
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    here = ray.get_runtime_context().get_node_id()
     # As many blocks as tasks: Ray Data would otherwise split each task's output once more.
     blocks = len(_parts(steps))
     rows = ray.data.read_datasource(
@@ -129,8 +131,9 @@ def stream_shards(source: ShardSource, steps: range, *, builders: int = 1) -> It
         num_cpus=0,
         concurrency=builders,
         override_num_blocks=blocks,
-        # Elsewhere each would start a process, open the store and send its tasks over the network.
-        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+        # Elsewhere each would start a process, open the store and send its tasks over the network. That is what is left
+        # when this node is about to leave and takes no more tasks.
+        ray_remote_args={"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)},
     )
     try:
         for row in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCHED):
