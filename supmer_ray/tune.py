@@ -285,7 +285,10 @@ def trials_table(config: SweepConfig, results: Sequence[ray_tune.Result]) -> pd.
                 **columns_of(settings_of(config, result.config or {})),
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    shares = [name for name in table if name.startswith("tasks.mixture.")]
+    table[shares] = table[shares].fillna(0.0)  # what a trial's mixture does not name, it does not draw
+    return table
 
 
 def _why_failed(error: Exception | None) -> str | None:

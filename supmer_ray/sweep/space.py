@@ -66,11 +66,11 @@ def most_inner_steps(config: SweepConfig) -> int:
 
 
 def columns_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as columns of numbers and words: a mixture or a list of rates takes one column an entry."""
+    """Settings as columns of numbers and words: a list of rates takes one column an entry, a mixture one a share."""
     columns: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            columns |= {f"{key}.{name}": entry for name, entry in value.items()}
+            columns |= {f"{key}.{name}": weight / sum(value.values()) for name, weight in value.items()}
         elif isinstance(value, list | tuple):
             columns |= {f"{key}.{number}": entry for number, entry in enumerate(value)}
         else:

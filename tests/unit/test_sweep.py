@@ -207,6 +207,18 @@ def test_a_table_says_how_each_trial_ended():
     assert (table["meta.prompt_rate"] == 0.15).all()
 
 
+def test_a_mixture_is_told_by_shares_also_of_what_it_does_not_name():
+    config = sweep(space={"tasks.mixture": {"choice": [{"nsp": 1, "scsp": 3}, {"sck": 2}]}})
+    results = [
+        SimpleNamespace(metrics={"step": 1}, error=None, checkpoint=None, config={"tasks.mixture": number})
+        for number in (0, 1)
+    ]
+    table = trials_table(config, results).filter(like="tasks.mixture.")
+    assert table.to_dict("list") == {
+        "tasks.mixture.nsp": [0.25, 0], "tasks.mixture.scsp": [0.75, 0], "tasks.mixture.sck": [0, 1]
+    }  # fmt: skip
+
+
 def test_every_task_type_weighs_the_same_in_the_objective():
     found = {"nsp": {"loss": 1.0, "accuracy": 0.5}, "scc": {"loss": 4.0, "accuracy": 0.1}}
     objective = Objective(sweep().objective)
