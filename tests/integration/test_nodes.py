@@ -113,7 +113,8 @@ def test_a_node_that_says_that_it_leaves_takes_few_steps_with_it(cluster, tiny_s
     file = out / "metrics.jsonl"
     first, second = rows_of(file, "start")
     assert first["step"] == 1 and second["step"] > told, "it went on from a snapshot that was made for it"
-    [notice] = [row["text"] for row in rows_of(file, "notice")]
+    # Ray may take the node's end for a failure, where it sees it before it has missed the node.
+    notice, *_ = [row["text"] for row in rows_of(file, "notice")]
     assert re.fullmatch(r"A node of the run will leave soon; from step \d+ on it has a snapshot .*", notice)
     assert steps(file) == list(range(1, count + 1))
 
