@@ -302,7 +302,8 @@ def _conclude(config: SweepConfig, found: ray_tune.ResultGrid, out: Path) -> Swe
     Raises:
         UserError: no trial came to its end.
     """
-    results = [found[number] for number in range(len(found))]
+    # In the order of their numbers, which a sweep that was resumed does not keep.
+    results = sorted((found[place] for place in range(len(found))), key=lambda one: int(str(one.path).split("_")[-1]))
     table = trials_table(config, results)
     with whole_file(out / "trials.parquet") as scratch:
         table.to_parquet(scratch)

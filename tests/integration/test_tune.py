@@ -263,6 +263,8 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_loses_no_finished_trial(tin
     for trial in table["trial"]:
         steps = [row["step"] for row in rows_of(out / "runs" / trial / "metrics.jsonl") if row["kind"] == "step"]
         assert steps == [1, 2, 3, 4]
+    numbers = [int(trial.split("_")[-1]) for trial in table["trial"]]
+    assert numbers == sorted(numbers)
 
 
 class Shelf:
@@ -282,6 +284,9 @@ class Shelf:
         snapshot = self.folder / f"checkpoint_{len(list(self.folder.iterdir())):06}"
         snapshot.mkdir()
         write(snapshot)
+
+    def leaving(self):
+        return False
 
 
 def test_a_trial_whose_last_report_was_lost_tells_it_again(tiny_store, tmp_path):
