@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -302,8 +303,12 @@ def _conclude(config: SweepConfig, found: ray_tune.ResultGrid, out: Path) -> Swe
     Raises:
         UserError: no trial came to its end.
     """
-    # In the order of their numbers, which a sweep that was resumed does not keep.
-    results = sorted((found[place] for place in range(len(found))), key=lambda one: int(str(one.path).split("_")[-1]))
+
+    def ended(result: ray_tune.Result) -> float:
+        return (result.metrics or {}).get("timestamp", math.inf)
+
+    # In the order in which they ended, which a sweep that was resumed does not keep; last those that told nothing.
+    results = sorted((found[place] for place in range(len(found))), key=ended)
     table = trials_table(config, results)
     with whole_file(out / "trials.parquet") as scratch:
         table.to_parquet(scratch)

@@ -258,13 +258,11 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_loses_no_finished_trial(tin
     assert done.returncode == 0, done.stderr
     table = pd.read_parquet(out / "trials.parquet")
     assert set(table["state"]) == {"finished"} and len(table) == 4
-    assert {run.name for run in finished} <= set(table["trial"])
+    assert {run.name for run in finished} == set(table["trial"][: len(finished)])
     assert before == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in finished}
     for trial in table["trial"]:
         steps = [row["step"] for row in rows_of(out / "runs" / trial / "metrics.jsonl") if row["kind"] == "step"]
         assert steps == [1, 2, 3, 4]
-    numbers = [int(trial.split("_")[-1]) for trial in table["trial"]]
-    assert numbers == sorted(numbers)
 
 
 class Shelf:
