@@ -160,9 +160,10 @@ def test_full_fine_tuning_is_the_same_in_micro_batches_of_any_size(backbone, moo
     parts = micro_batches(split.examples.lengths, 0, budget)
     assert len(parts[0]) == 3 and len({len(part) for part in parts}) > 1
     run = AdaptRun(split, split, encoder.verbalizer_ids, 0, torch.zeros(0, 32), IdentityRegularizer())
-    config = AdaptConfig(shots=4, steps=3, batch=8, rate=0.003, evaluate_every=3)
+    # Fewer steps are no better than none with some of the vocabularies that a tokenizer's training may come to.
+    config = AdaptConfig(shots=4, steps=9, batch=8, rate=0.003, evaluate_every=9)
     (_, whole), (_, parted) = (finetune(backbone, run, config, token_budget=most) for most in (1 << 20, budget))
-    assert whole.step == parted.step == 3
+    assert whole.step == parted.step == 9
     assert parted.loss == pytest.approx(whole.loss, rel=1e-4)
 
 
