@@ -57,12 +57,15 @@ class Resources:
 
     def holding(self, workers: WorkersConfig) -> int:
         """How many such workers the nodes hold, each on one node with its builders and, where it gets one, its GPU."""
-        return self.fitting(reserved_cpus(workers), gpu=self.has_gpus_for(workers))
+        return self.fitting(reserved_cpus(workers), gpu_share=workers.gpu_share * self.has_gpus_for(workers))
 
-    def fitting(self, each: float, *, gpu: bool) -> int:
-        """How many processes of `each` CPUs, and of a GPU, the nodes hold, each on one node."""
-        nodes = zip_longest(self.node_cpus, self.node_gpus, fillvalue=0.0)
-        return sum(int(min(cpus / each + 1e-9, gpus if gpu else math.inf)) for cpus, gpus in nodes)
+    def fitting(self, each: float, *, gpu_share: float = 0.0) -> int:
+        """How many processes of `each` CPUs, and of such a share of a GPU, the nodes hold, each on one node."""
+        nodes = list(zip_longest(self.node_cpus, self.node_gpus, fillvalue=0.0))
+        if not gpu_share:
+            return sum(int(cpus / each + 1e-9) for cpus, _ in nodes)
+        on_a_gpu = int(1 / gpu_share + 1e-9)
+        return sum(min(int(cpus / each + 1e-9), int(gpus) * on_a_gpu) for cpus, gpus in nodes)
 
     def __str__(self) -> str:
         """The nodes, those that are alike together: "2 of 4 CPUs, 1 of 16 CPUs and 8 GPUs"."""
@@ -223,7 +226,7 @@ def require_room(resources: Resources, workers: WorkersConfig) -> None:
         return
     gpu = resources.has_gpus_for(workers)
     each = f"{reserved_cpus(workers):g} CPUs ({workers.cpus:g} to train, {BUILDER_CPUS:g} for each builder)"
-    each += " and a GPU" if gpu else ""
+    each += (" and a GPU" if workers.gpu_share == 1 else f" and {workers.gpu_share:g} of a GPU") if gpu else ""
     fewer = [f"lower workers.count to {holding}"] if holding else []
     others = ["set workers.gpu to false"] if gpu else [] if holding else ["lower workers.cpus or workers.builders"]
     instead = ", or ".join([*fewer, *others])

@@ -140,6 +140,9 @@ class WorkersConfig(Section):
     count: int = Field(1, ge=1, description="Ray Train workers; each takes tasks_per_step / count tasks")
     cpus: float = Field(1.0, gt=0, description="CPUs a worker reserves")
     gpu: bool | None = Field(None, description="one GPU a worker; unset: if the cluster has them")
+    gpu_share: float = Field(
+        1.0, gt=0, le=1, description="what a worker takes of its GPU: runs with small models leave most of one idle"
+    )
     builders: int = Field(1, ge=1, description="builders of meta-tasks that feed each worker")
     max_failures: int = Field(3, ge=0, description="worker failures that a run survives")
     precision: Precision | None = Field(
@@ -148,7 +151,8 @@ class WorkersConfig(Section):
     tokens_per_micro_batch: int | None = Field(
         None,
         ge=64,
-        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of its memory holds on a GPU",
+        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of a GPU's memory (its share of "
+        "it) holds",
     )
     checkpoint_activations: bool = Field(
         False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
@@ -157,6 +161,15 @@ class WorkersConfig(Section):
         False,
         description="CPU: have torch compile the norms, which needs a C++ compiler and helps short texts (T5 only)",
     )
+
+    @model_validator(mode="after")
+    def _a_gpu_is_shared_by_runs(self) -> WorkersConfig:
+        if self.gpu_share < 1 and self.count > 1:
+            raise ValueError(
+                f"gpu_share is {self.gpu_share:g} and count is {self.count}, but each of several workers needs a GPU "
+                "of its own; write gpu_share: 1"
+            )
+        return self
 
 
 class ScheduleConfig(Section):
@@ -479,10 +492,14 @@ class EvaluateConfig(Section):
     precision: Precision | None = Field(
         None, description="of the frozen weights in adaptation; unset: bfloat16 on a GPU, float32 on a CPU"
     )
+    gpu_share: float = Field(
+        1.0, gt=0, le=1, description="what a cell takes of a GPU: few examples and a small model leave most of one idle"
+    )
     tokens_per_micro_batch: int | None = Field(
         None,
         ge=64,
-        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of its memory holds on a GPU",
+        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of a GPU's memory (its share of "
+        "it) holds",
     )
     adapt: AdaptConfig = AdaptConfig()
     run: RunConfig = RunConfig()

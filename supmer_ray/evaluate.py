@@ -148,23 +148,23 @@ def _run_cells(
     if not waiting:
         return
     resources = connect()
-    gpu = resources.gpus >= 1
+    share = plan.config.gpu_share if resources.gpus >= 1 else 0.0
     # Few cells on many cores: each gets several threads, but with a GPU one, as its node may have few.
-    threads = 1 if gpu else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
-    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=int(gpu))
+    threads = 1 if share else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
+    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=share)
     tasks = {name: ray.put(task) for name, task in rows.items()}
 
     def start(cell: Cell) -> Future[_Rows]:
         origin = checkpoints.get((cell.point.run_variant, cell.method.name))
         targets = [tasks[name] for name in cell.entry.targets]
-        return remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, gpu, *targets).future()
+        return remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, share, *targets).future()
 
     failed = _in_turn(
         waiting,
         start,
         keep=lambda cell, found: write_table(pd.DataFrame(found), _cell_file(out, cell)),
         # One more than fits: it begins when another ends, and tells a cluster that can grow to do so.
-        most=lambda: connect().fitting(threads, gpu=gpu) + 1,
+        most=lambda: connect().fitting(threads, gpu_share=share) + 1,
         tell=lambda left: tell("Adapting and testing", len(cells) - left, len(cells), "cells"),
     )
     if failed:
@@ -216,14 +216,20 @@ def _in_turn(
 
 
 def _run_cell(
-    cell: Cell, source: TaskRows, seeds: int, checkpoint: Place | None, threads: int, gpu: bool, *targets: TaskRows
+    cell: Cell,
+    source: TaskRows,
+    seeds: int,
+    checkpoint: Place | None,
+    threads: int,
+    gpu_share: float,
+    *targets: TaskRows,
 ) -> _Rows:
-    """The rows of one cell, computed in a Ray worker."""
+    """The rows of one cell, computed in a Ray worker with so many threads and, unless it is 0, a share of a GPU."""
     from supmer_ray.fewshot.evaluate import evaluate_method
     from supmer_ray.meta.state import load_checkpoint
 
     config = cell.point.config
-    backbone = _backbone(config.backbone, config.precision, threads, gpu)
+    backbone = _backbone(config.backbone, config.precision, threads, gpu_share)
     outcomes = evaluate_method(
         backbone,
         cell.method,
@@ -241,15 +247,15 @@ def _run_cell(
 
 
 @lru_cache(maxsize=1)
-def _backbone(name: str, precision: Precision | None, threads: int, gpu: bool) -> Backbone:
+def _backbone(name: str, precision: Precision | None, threads: int, gpu_share: float) -> Backbone:
     """The language model, loaded once in each worker process."""
     import torch
 
     from supmer_ray.model.backbone import load_backbone
 
-    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+    device = "cuda" if gpu_share and torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, precision) if precision else None
-    return load_backbone(name, device=device, dtype=dtype, threads=threads)
+    return load_backbone(name, device=device, dtype=dtype, threads=threads, gpu_share=gpu_share or 1.0)
 
 
 def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Place], out: Path) -> pd.DataFrame:

@@ -136,7 +136,7 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: Sequence[Any] = ()) -> 
             num_workers=workers.count,
             use_gpu=gpu,
             # One reservation for a worker and its builders: two runs that start at once cannot each get half of theirs.
-            resources_per_worker={"CPU": reserved_cpus(workers), **({"GPU": 1} if gpu else {})},
+            resources_per_worker={"CPU": reserved_cpus(workers), **({"GPU": workers.gpu_share} if gpu else {})},
             # GPUs want the short way between them. A worker on CPUs shares its node's with the others that are there.
             placement_strategy="PACK" if gpu else "SPREAD",
         ),

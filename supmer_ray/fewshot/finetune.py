@@ -32,7 +32,8 @@ def finetune(
         The tuned model, and the dev evaluation that chose it; step 0 is the model as it was.
     """
     model = copy.deepcopy(backbone.model).float()
-    tuned = Backbone(model, backbone.tokenizer, backbone.name, LibraryForward(model))
+    share = backbone.gpu_share
+    tuned = Backbone(model, backbone.tokenizer, backbone.name, LibraryForward(model), gpu_share=share)
     tuned.model.requires_grad_(True)
     weights = [weight for weight in tuned.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.rate, weight_decay=config.weight_decay, fused=True)
@@ -60,7 +61,7 @@ def finetune(
                 best, kept = found, _weights(tuned)
     tuned.model.load_state_dict(kept, strict=False)
     # What is only read from here on may take the fastest forward, for which weights are constants.
-    return Backbone(model, backbone.tokenizer, backbone.name), best
+    return Backbone(model, backbone.tokenizer, backbone.name, gpu_share=share), best
 
 
 def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:

@@ -194,7 +194,9 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             share = int(this_node_cpus()) // max(host.local_workers, plan.beside)
             torch.set_num_threads(max(1, int(config.workers.cpus), share))
         dtype = getattr(torch, config.workers.precision) if config.workers.precision else None
-        backbone = load_backbone(store.manifest.backbone.name, device=host.device, dtype=dtype)
+        backbone = load_backbone(
+            store.manifest.backbone.name, device=host.device, dtype=dtype, gpu_share=config.workers.gpu_share
+        )
         reached["backbone"] = time.time()
         require_same_backbone(store, backbone)
         if config.workers.checkpoint_activations:

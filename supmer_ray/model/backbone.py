@@ -64,6 +64,7 @@ class Backbone:
 
     Args:
         forward: what computes; unset: the fastest for `model`. Those take its weights for constants.
+        gpu_share: what this process may take of a GPU that it shares with others.
 
     Attributes:
         d_model: width d of the encoder's embeddings and states.
@@ -74,7 +75,9 @@ class Backbone:
         max_positions: longest encoder input, prompt included; None where positions are relative (T5).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, forward: Forward | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, forward: Forward | None = None, *, gpu_share: float = 1.0
+    ) -> None:
         model.eval().requires_grad_(False)
         if model.device.type == "cuda":
             # Torch would choose cuDNN's attention first, whose gradient is NaN behind some masks (pytorch#196678), and
@@ -83,6 +86,7 @@ class Backbone:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.gpu_share = gpu_share
         self.forward = forward or forward_of(model)
         self.embedding: torch.nn.Embedding = model.get_encoder().get_input_embeddings()
         # Some encoders (Pegasus, Marian) scale what they look up themselves, others have an embedding that does.
@@ -121,15 +125,16 @@ class Backbone:
     def token_budget(self) -> int:
         """Tokens of a micro-batch, prompts included, that suit the device.
 
-        On a GPU as many as hide the launching of kernels behind them, but no more than half of its memory holds: they
-        keep about one and a half times what the encoder's products put out, and a library's forward its scores too.
+        On a GPU as many as hide the launching of kernels behind them, but no more than half of its memory, or of this
+        process's share of it, holds: they keep about one and a half times what the encoder's products put out, and a
+        library's forward its scores too.
         """
         if self.device.type != "cuda":
             return 4096
         most = WITH_SCORES if isinstance(self.forward, LibraryForward) else 65536
         encoder = self.model.get_encoder().modules()
         kept = 1.5 * self.dtype.itemsize * sum(part.out_features for part in encoder if hasattr(part, "out_features"))
-        memory = torch.cuda.get_device_properties(self.device).total_memory
+        memory = self.gpu_share * torch.cuda.get_device_properties(self.device).total_memory
         return max(4096, min(most, int(memory / 2 / kept)))
 
     @property
@@ -271,7 +276,12 @@ def best_device() -> torch.device:
 
 
 def load_backbone(
-    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, threads: int | None = None
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    gpu_share: float = 1.0,
 ) -> Backbone:
     """Load a frozen backbone.
 
@@ -281,6 +291,7 @@ def load_backbone(
         dtype: of the weights; unset: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is
             faster on some (AVX-512 or AMX with bfloat16) and slower on others.
         threads: CPU threads torch may use in this process; unset: leave torch's choice.
+        gpu_share: what this process may take of its GPU.
 
     Raises:
         UserError: there is no such folder, or the hub could not be reached or has no such model.
@@ -299,7 +310,7 @@ def load_backbone(
             f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
             "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."
         ) from None
-    return Backbone(model.to(device), tokenizer, name)
+    return Backbone(model.to(device), tokenizer, name, gpu_share=gpu_share)
 
 
 def look_at_the_hub(place: str) -> None:

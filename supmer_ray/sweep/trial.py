@@ -197,7 +197,7 @@ class Trial:
         workers = self.config.base.workers
         if workers.count > 1:
             return ray_tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}])
-        own = {"CPU": reserved_cpus(workers), **({"GPU": 1.0} if self.gpu else {})}
+        own = {"CPU": reserved_cpus(workers), **({"GPU": workers.gpu_share} if self.gpu else {})}
         return ray_tune.PlacementGroupFactory([own])
 
 

@@ -48,7 +48,24 @@ def test_where_nodes_come_when_they_are_asked_for_nothing_is_refused():
 
 
 def test_as_many_processes_fit_as_each_node_holds():
-    assert Resources((4.0, 3.0)).fitting(2, gpu=False) == 3
-    assert Resources((8.0,), node_gpus=(2.0,)).fitting(1, gpu=True) == 2
-    assert Resources((1.0,), node_gpus=(2.0,)).fitting(1, gpu=True) == 1
-    assert Resources((64.0, 8.0), node_gpus=(0.0, 4.0)).fitting(1, gpu=True) == 4
+    assert Resources((4.0, 3.0)).fitting(2) == 3
+    assert Resources((8.0,), node_gpus=(2.0,)).fitting(1, gpu_share=1) == 2
+    assert Resources((1.0,), node_gpus=(2.0,)).fitting(1, gpu_share=1) == 1
+    assert Resources((64.0, 8.0), node_gpus=(0.0, 4.0)).fitting(1, gpu_share=1) == 4
+
+
+def test_a_gpu_holds_as_many_as_their_shares_allow():
+    """A share lies on one GPU: of two GPUs three halves and more cannot be made of what two thirds leave."""
+    assert Resources((64.0,), node_gpus=(1.0,)).fitting(1, gpu_share=0.1) == 10
+    assert Resources((64.0,), node_gpus=(2.0,)).fitting(1, gpu_share=0.4) == 4
+    assert Resources((64.0,), node_gpus=(2.0,)).fitting(1, gpu_share=0.6) == 2
+    shared = WorkersConfig(gpu_share=0.25)
+    assert Resources((64.0,), node_gpus=(2.0,)).holding(shared) == 8
+    assert Resources((64.0,)).holding(shared) == 42  # no GPU to share: cores count
+    with pytest.raises(UserError, match=r"1\.5 CPUs .* and 0\.25 of a GPU does not fit"):
+        require_room(Resources((64.0,)), shared.model_copy(update={"gpu": True}))
+
+
+def test_several_workers_of_a_run_cannot_share_a_gpu():
+    with pytest.raises(ValueError, match=r"gpu_share is 0\.5 and count is 2, but each of several workers"):
+        WorkersConfig(count=2, gpu_share=0.5)
