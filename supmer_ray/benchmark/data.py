@@ -5,27 +5,32 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from supmer_ray.benchmark.memory import peak_memory_of_all
 from supmer_ray.benchmark.step import timed
 from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig
-from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
+from supmer_ray.data.embed import IN_HAND, STRETCH, Embedder, Stretch
 from supmer_ray.data.store import Store
+from supmer_ray.files import Place
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import micro_batches
 from supmer_ray.reading import build
+from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.formats import Formats
 
 STEPS = 100
+
+STRETCHES = {"cpu": 1, "cuda": 40}
+"""Stretches that are embedded in a round, or as many as the store has."""
 
 RUN: dict[str, Any] = {
     "prompt": {"length": 10},
@@ -124,32 +129,39 @@ def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[di
 
 
 def measure_embedding(path: Path, device: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Tokens embedded a second as `prepare` does it, beside a bare forward of equal tokens, alternating."""
+    """Tokens embedded a second as an actor of `prepare` does it, beside a bare forward of equal tokens, alternating.
+
+    The bare forward has texts of one length, as many as fill a batch, and does as many batches as make those tokens.
+    """
     store = Store.open(path)
-    backbone = load_backbone(store.manifest.backbone.name, device=device)
-    rows = range(min(len(store), 600))
-    starts = np.array([store.document_rows(row)[0] == row for row in rows])
-    inputs = [frame(backbone, store.tokens(row)) for row in rows]
-    pairs = [row for row in rows[:-1] if not starts[row + 1]]
-    inputs += [frame(backbone, store.tokens(row), store.tokens(row + 1)) for row in pairs]
-    tokens = sum(map(len, inputs))
-    budget = TOKENS_PER_BATCH[torch.device(device).type]
-    mean = tokens // len(inputs)
-    bare_layout = Layout((mean,) * (budget // mean), (mean,) * (budget // mean))
-    bare_input = backbone.embed(torch.full((bare_layout.positions,), backbone.pad, device=device))
-    passes = max(1, tokens // bare_layout.positions)
+    kind = torch.device(device).type
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(IN_HAND[kind]) as threads:
+        embedder = Embedder(Place.of(folder), store.manifest.backbone.name, kind == "cuda")
+        embedder.load()
+        backbone, budget = embedder.backbone, embedder.budget
+        stretches = [Stretch.of(store, number) for number in range(min(STRETCHES[kind], -(-len(store) // STRETCH)))]
+        tokens, items = (sum(map(what, (one.framed(backbone) for one in stretches))) for what in (_tokens, len))
+        mean = tokens // items
+        bare_layout = Layout((mean,) * (budget // mean), (mean,) * (budget // mean))
+        bare_input = backbone.embed(torch.full((bare_layout.positions,), backbone.pad, device=device))
+        passes = max(1, round(tokens / bare_layout.positions))
 
-    @torch.no_grad()
-    def bare() -> None:
-        for _ in range(passes):
-            backbone.encode(bare_input, bare_layout)
+        @torch.no_grad()
+        def bare() -> None:
+            for _ in range(passes):
+                backbone.encode(bare_input, bare_layout)
 
-    times: dict[str, list[float]] = {"embedding": [], "bare": []}
-    for _ in range(3):
-        seconds = timed(lambda: mean_pooled(backbone, inputs, budget), backbone.device)
-        times["embedding"].append(seconds / tokens)
-        times["bare"].append(timed(bare, backbone.device) / (passes * bare_layout.positions))
+        times: dict[str, list[float]] = {"embedding": [], "bare": []}
+        for _ in range(3):
+            seconds = timed(lambda: list(threads.map(embedder.embed, stretches)), backbone.device)
+            times["embedding"].append(seconds / tokens)
+            times["bare"].append(timed(bare, backbone.device) / (passes * bare_layout.positions))
     ratio = median(bare / own for bare, own in zip(times["bare"], times["embedding"], strict=True))
     rate = 1 / median(times["embedding"])
-    say(f"embedding: {rate:,.0f} tokens a second, {ratio:.0%} of the bare forward pass")
-    return {"tokens_per_second": rate, "share_of_bare_forward": ratio, "tokens": tokens, "items": len(inputs)}
+    each = "" if kind == "cuda" else " for each core"
+    say(f"embedding: {rate:,.0f} tokens a second{each}, {ratio:.0%} of the bare forward pass")
+    return {"tokens_per_second": rate, "share_of_bare_forward": ratio, "tokens": tokens, "items": items}
+
+
+def _tokens(examples: Examples) -> int:
+    return int(examples.offsets[-1])

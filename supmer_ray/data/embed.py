@@ -9,7 +9,7 @@ Torch is imported where it computes: the processes that only look for the files 
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -20,6 +20,7 @@ import numpy as np
 from supmer_ray.data.store import Sentences, item_rows
 from supmer_ray.errors import UserError, first_line
 from supmer_ray.files import Place
+from supmer_ray.tasks.batch import Examples
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -34,39 +35,66 @@ STRETCH = 512
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 """Padded tokens in one forward: a CPU works best out of its cache, a GPU wants many."""
 
-
-def frame(backbone: Backbone, *parts: np.ndarray) -> np.ndarray:
-    """Token ids (n,) of `parts` in a row, between the tokens that the model expects around a text."""
-    ids = np.concatenate(parts)
-    if backbone.max_positions:
-        ids = ids[: backbone.max_positions - len(backbone.prefix) - len(backbone.suffix)]
-    return np.concatenate([backbone.prefix, ids, backbone.suffix]).astype(np.int64)
+IN_HAND = {"cpu": 1, "cuda": 2}
+"""Stretches that an actor is given at a time: on a GPU one is laid out, or written, while the other is computed."""
 
 
-def mean_pooled(backbone: Backbone, inputs: Sequence[np.ndarray], tokens_per_batch: int) -> np.ndarray:
-    """Mean over the real positions of the encoder's last hidden states.
+def framed(
+    backbone: Backbone, tokens: np.ndarray, first: np.ndarray, behind: np.ndarray, longest: int | None = None
+) -> Examples:
+    """Spans of `tokens`, each between the tokens that the model expects around a text.
 
     Args:
-        inputs: n framed token sequences.
+        first, behind: (n,) where each span starts, and the place behind its end.
+        longest: positions of each at most, frame included; unset: those that the model has.
+    """
+    before, after = len(backbone.prefix), len(backbone.suffix)
+    lengths = behind - first
+    if longest := longest or backbone.max_positions:
+        lengths = np.minimum(lengths, longest - before - after)
+    widths = lengths + before + after
+    offsets = np.concatenate([[0], np.cumsum(widths)])
+    # A span's own tokens stand `before` places behind the frame's first; where the frame is, anything is read.
+    places = np.arange(offsets[-1]) + np.repeat(first - before - offsets[:-1], widths)
+    ids = tokens[np.clip(places, 0, max(0, len(tokens) - 1))] if len(tokens) else np.zeros(len(places), np.int32)
+    for place, special in enumerate(backbone.prefix):
+        ids[offsets[:-1] + place] = special
+    for place, special in enumerate(backbone.suffix):
+        ids[offsets[1:] - after + place] = special
+    return Examples(
+        tokens=ids.astype(np.int32, copy=False),
+        offsets=offsets,
+        labels=np.full((len(first), 1), backbone.closing, np.int32),
+        task=np.zeros(len(first), np.int32),
+        vectors=np.zeros((1, 0, 0), np.float32),
+        choices=np.zeros((1, 0), np.int32),
+    )
+
+
+def mean_pooled(backbone: Backbone, examples: Examples, tokens_per_batch: int) -> Tensor:
+    """Mean over the real positions of the encoder's last hidden states.
+
+    A GPU has been told what to do when it returns, and may still be at it.
+
+    Args:
+        examples: n framed texts.
         tokens_per_batch: padded tokens in one forward.
 
     Returns:
-        (n, d) float32.
+        (n, d) float32, on the backbone's device.
     """
     import torch
 
     from supmer_ray.model.prompted import micro_batches
-    from supmer_ray.tasks.batch import Examples
-    from supmer_ray.tasks.collate import collate
+    from supmer_ray.tasks.collate import collate, to_device
 
-    result = np.empty((len(inputs), backbone.d_model), np.float32)
-    examples = Examples.of(inputs, [[backbone.closing]] * len(inputs))
-    for chosen in micro_batches(examples.lengths, 0, tokens_per_batch):
-        rows = collate(examples, chosen, pad=backbone.pad, start=backbone.start, device=backbone.device)
-        # What the backbone makes once, the gradient of a later prompt may need: no inference mode.
-        with torch.no_grad():
+    result = torch.empty(len(examples), backbone.d_model, device=backbone.device)
+    # What the backbone makes once, the gradient of a later prompt may need: no inference mode.
+    with torch.no_grad():
+        for chosen in micro_batches(examples.lengths, 0, tokens_per_batch):
+            rows = collate(examples, chosen, pad=backbone.pad, start=backbone.start, device=backbone.device)
             states = backbone.encode(backbone.embed(rows.input_ids), rows.layout)
-            result[chosen] = _means(states, rows.layout).cpu().numpy()
+            result.index_copy_(0, to_device(chosen, backbone.device), _means(states, rows.layout))
     return result
 
 
@@ -116,9 +144,11 @@ class Stretch:
         pairs = item_rows("nsp", sentences.starts, span.start, span.stop) - span.start
         return Stretch(number, np.concatenate(parts), offsets, len(span), pairs)
 
-    def sentence(self, row: int) -> np.ndarray:
-        """The tokens (n,) of a sentence, counted from the first."""
-        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+    def framed(self, backbone: Backbone) -> Examples:
+        """Its own sentences, then its pairs of neighbours, as the encoder reads them."""
+        first = np.concatenate([self.offsets[: self.rows], self.offsets[self.pairs]])
+        behind = np.concatenate([self.offsets[1 : self.rows + 1], self.offsets[self.pairs + 2]])
+        return framed(backbone, self.tokens, first, behind)
 
 
 class Vectors:
@@ -170,7 +200,7 @@ class Vectors:
 
 
 class Embedder:
-    """An actor that embeds stretches of a store's sentences and pairs into files.
+    """An actor that embeds stretches of a store's sentences and pairs into files, from several threads on a GPU.
 
     Args:
         shared: folder for the vectors.
@@ -181,6 +211,7 @@ class Embedder:
     def __init__(self, shared: Place, backbone: str, gpu: bool) -> None:
         self.vectors = Vectors(shared)
         self.name, self.gpu = backbone, gpu
+        self._computing = threading.Lock()
 
     def load(self) -> None:
         """Load the model. Not while the actor starts: Ray would hide what is refused behind the actor's death.
@@ -202,12 +233,11 @@ class Embedder:
         Raises:
             UserError: half precision cannot hold what the backbone gives.
         """
-        inputs = [frame(self.backbone, stretch.sentence(row)) for row in range(stretch.rows)]
-        inputs += [
-            frame(self.backbone, stretch.sentence(row), stretch.sentence(row + 1)) for row in stretch.pairs.tolist()
-        ]
+        examples = stretch.framed(self.backbone)
+        with self._computing:  # the host's part; the GPU's is waited for outside, while the next is launched
+            vectors = mean_pooled(self.backbone, examples, self.budget)
         with np.errstate(over="ignore"):
-            half = mean_pooled(self.backbone, inputs, self.budget).astype(np.float16)
+            half = vectors.cpu().numpy().astype(np.float16)
         # Asked of the halves: what is finite before may be too large for them.
         if not np.isfinite(half).all():
             raise UserError(

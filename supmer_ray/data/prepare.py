@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from supmer_ray.cluster import Resources, connect
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data.domains import cluster, empty_family
-from supmer_ray.data.embed import STRETCH, Embedder, Stretch, Vectors, stretch_rows
+from supmer_ray.data.embed import IN_HAND, STRETCH, Embedder, Stretch, Vectors, stretch_rows
 from supmer_ray.data.keywords import keywords
 from supmer_ray.data.sentences import cut, tokenizer_of
 from supmer_ray.data.sources import Piece, Source, open_source, place_of
@@ -290,23 +290,25 @@ def _item_counts(starts: np.ndarray, domains: int) -> dict[str, int]:
 def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Progress) -> None:
     """Write the vectors of all sentences and pairs into `shared`."""
     count, reserved = _embedding_workers(config.embedders, connect())
-    waiting = list(range(-(-len(sentences) // STRETCH)))
-    embedder: Any = ray.remote(Embedder).options(**reserved)
-    actors: list[Any] = []
-
-    def start() -> tuple[Any, Any]:
-        actors.append(embedder.remote(shared, config.backbone, "num_gpus" in reserved))
-        return actors[-1].load.remote(), actors[-1]
-
+    gpu = "num_gpus" in reserved
+    in_hand = IN_HAND["cuda" if gpu else "cpu"]
+    waiting = deque(range(-(-len(sentences) // STRETCH)))
+    embedder: Any = ray.remote(Embedder).options(**reserved, max_concurrency=in_hand)
     # Stretches are given to actors that stand, and Ray restarts none: where a node leaves, an actor may have no place
     # to start again for as long as the others work, and what was given to it would wait as long.
-    busy: dict[Any, tuple[Any, int | None]] = {}  # a call → its actor, and the stretch; None: it is starting
-    losses: Counter[int | None] = Counter()
+    actors = list[Any]()
+    busy = dict[Any, tuple[Any, int | None]]()  # a call → its actor, and the stretch; None: it is starting
+    losses = Counter[int | None]()
     done = 0
+
+    def start() -> None:
+        actors.append(embedder.remote(shared, config.backbone, gpu))
+        busy[actors[-1].load.remote()] = actors[-1], None
+
     tell("Embedding sentences", done, len(sentences), "sentences")
     try:
-        for ready, actor in (start() for _ in range(min(count, len(waiting)))):
-            busy[ready] = actor, None
+        for _ in range(min(count, len(waiting))):
+            start()
         while done < len(sentences):
             (call,), _ = ray.wait(list(busy), num_returns=1)
             actor, stretch = busy.pop(call)
@@ -318,15 +320,16 @@ def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Pro
                     raise
                 if stretch is not None:
                     waiting.append(stretch)
-                ready, actor = start()
-                busy[ready] = actor, None
+                if actor in actors:  # the first of its calls that tells
+                    actors.remove(actor)
+                    start()
                 continue
             if stretch is not None:
                 done += rows
                 tell("Embedding sentences", done, len(sentences), "sentences")
-            if waiting:
-                stretch = waiting.pop(0)
-                busy[actor.embed.remote(Stretch.of(sentences, stretch))] = actor, stretch
+            for _ in range(min(1 if stretch is not None else in_hand, len(waiting))):
+                number = waiting.popleft()
+                busy[actor.embed.remote(Stretch.of(sentences, number))] = actor, number
     finally:
         # Not left to the garbage collector: whoever keeps the traceback of a failure would keep their CPUs with it.
         for actor in actors:

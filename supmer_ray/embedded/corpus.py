@@ -11,7 +11,7 @@ import nupunkt
 from sklearn.cluster import MiniBatchKMeans
 
 from supmer_ray.data.catalog import Document, unlabelled
-from supmer_ray.data.embed import TOKENS_PER_BATCH, frame, mean_pooled
+from supmer_ray.data.embed import TOKENS_PER_BATCH, framed, mean_pooled
 from supmer_ray.data.store import Family, item_rows
 from supmer_ray.model.backbone import Backbone
 
@@ -189,8 +189,8 @@ def task_corpus(corpus: Corpus) -> Corpus:
 
 def embed(corpus: Corpus, backbone: Backbone) -> np.ndarray:
     """(sentences, d) float32 mean-pooled encoder states."""
-    inputs = [frame(backbone, corpus.row_tokens(row)) for row in range(len(corpus))]
-    return mean_pooled(backbone, inputs, TOKENS_PER_BATCH["cpu"])
+    texts = framed(backbone, corpus.tokens, corpus.starts[:-1], corpus.starts[1:])
+    return mean_pooled(backbone, texts, TOKENS_PER_BATCH["cpu"]).numpy()
 
 
 def cluster(embeddings: np.ndarray, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ says what the encoder knows already.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from supmer_ray.data.embed import mean_pooled
+from supmer_ray.data.embed import framed, mean_pooled
 from supmer_ray.fewshot.adapt import Evaluation, accuracy_and_loss
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.model.backbone import Backbone
@@ -72,6 +73,7 @@ def parameters(classifier: Pipeline) -> int:
 
 def _mean_states(backbone: Backbone, texts: Sequence[str], max_length: int, token_budget: int | None) -> np.ndarray:
     """(n, d): the mean of the encoder's states over a text's positions, frame included."""
-    room = max_length - len(backbone.prefix) - len(backbone.suffix)
-    inputs = [[*backbone.prefix, *ids[:room], *backbone.suffix] for ids in backbone.tokenize(texts)]
-    return mean_pooled(backbone, [np.array(ids) for ids in inputs], token_budget or backbone.token_budget)
+    ids = backbone.tokenize(texts)
+    ends = np.cumsum([0, *map(len, ids)])
+    examples = framed(backbone, np.fromiter(chain(*ids), np.int32), ends[:-1], ends[1:], max_length)
+    return mean_pooled(backbone, examples, token_budget or backbone.token_budget).cpu().numpy()

@@ -9,13 +9,14 @@ import ray
 from cluster import assert_all_is_free
 
 from supmer_ray.data import prepare as module
-from supmer_ray.data.embed import Embedder, Vectors, frame, mean_pooled
+from supmer_ray.data.embed import Embedder, Vectors, mean_pooled
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.sentences import split
 from supmer_ray.data.store import FAMILIES, Store
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 from supmer_ray.model.backbone import load_backbone
+from supmer_ray.tasks.batch import Examples
 
 DOCUMENTS = 60
 
@@ -65,12 +66,14 @@ def test_centroids_are_the_encoders_mean_states(prepared, tiny_t5):
     for name, width in (("ss", 1), ("nsp", 2), ("nss", 2)):
         family = store.family(name)
         rows = np.concatenate([family.rows(0, "train"), family.rows(0, "validation")])
-        inputs = [frame(backbone, *(store.tokens(row + k) for k in range(width))) for row in rows]
-        vectors = mean_pooled(backbone, inputs, 4096)
+        assert not backbone.prefix
+        texts = [np.concatenate([store.tokens(row + after) for after in range(width)]) for row in rows]
+        inputs = [[*text, *backbone.suffix] for text in texts]
+        vectors = mean_pooled(backbone, Examples.of(inputs, [[backbone.closing]] * len(rows)), 4096).numpy()
         np.testing.assert_allclose(family.centroids[0], vectors.mean(axis=0), atol=2e-3)
         # Each vector once more, alone and unpadded.
-        ids = inputs[0]
-        np.testing.assert_allclose(vectors[0], mean_pooled(backbone, [ids], 1)[0], atol=1e-5)
+        alone = mean_pooled(backbone, Examples.of(inputs[:1], [[backbone.closing]]), 1)
+        np.testing.assert_allclose(vectors[0], alone[0], atol=1e-5)
 
 
 def test_progress_and_manifest_count_the_same(prepared):

@@ -25,6 +25,7 @@ from supmer_ray.model.backbone import Backbone, _spread, load_backbone
 from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted
+from supmer_ray.tasks.batch import Examples
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "A sentence about markets, music and rain."] * 20
 
@@ -58,10 +59,10 @@ def test_a_backbone_with_nothing_to_put_an_answer_at_is_refused(tmp_path):
 def test_a_backbone_that_has_embedded_sentences_still_gives_gradients(folder):
     backbone = load_backbone(str(folder))
     inputs = [np.array(backbone.tokenizer(text)["input_ids"]) for text in TEXTS[:2]]
-    vectors = mean_pooled(backbone, inputs, 100)
+    vectors = mean_pooled(backbone, Examples.of(inputs, [[backbone.closing]] * 2), 100)
     for ids, vector in zip(inputs, vectors, strict=True):
         states = backbone.encode(backbone.embed(torch.tensor(ids)), Layout((len(ids),), (len(ids),)))
-        np.testing.assert_allclose(states.mean(dim=0).numpy(), vector, atol=1e-6)
+        np.testing.assert_allclose(states.mean(dim=0), vector, atol=1e-6)
     x = backbone.embed(torch.tensor(inputs[0])).requires_grad_()
     backbone.encode(x, Layout((len(x),), (len(x),))).sum().backward()
     assert x.grad.abs().max() > 0
