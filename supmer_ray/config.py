@@ -51,6 +51,10 @@ class RegularizerConfig(Section):
     layers: int = Field(2, ge=1, le=8, description="of ψ, each of low rank")
     gate: bool = Field(True, description="false: z = 0, ψ = ũ (the ablation without gate)")
     gate_hidden: int = Field(24, ge=1, description="hidden units of the gate")
+    two_sided: bool = Field(
+        False,
+        description="ψ(−g) = −ψ(g): its layers, whose relu lets one sign through, read g and −g (not the paper's)",
+    )
 
 
 class TasksConfig(Section):

@@ -53,7 +53,7 @@ def make_regularizer(config: RunConfig, d_model: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         own = config.regularizer
-        return Regularizer(d_model, own.rank, own.layers, own.gate_hidden, gated=own.gate)
+        return Regularizer(d_model, own.rank, own.layers, own.gate_hidden, gated=own.gate, two_sided=own.two_sided)
 
 
 @dataclass

@@ -25,6 +25,9 @@ class Regularizer(nn.Module):
         layers: how many of them.
         gate_hidden: hidden size of the gate's two-layer network.
         gated: False: the gate stands shut, ψ = ũ and z = 0 (the ablation without gate).
+        two_sided: True: ψ(−g) = −ψ(g), because the layers read g and −g and the difference counts. The paper's layers
+            end in a relu, so that no element of ũ is negative, whatever the gradient's sign; where an element's gradient
+            only fluctuates, what is let through of it leads one way, and AdamW makes whole steps of that.
 
     Example:
         >>> psi = Regularizer(d_model=8, rank=4)
@@ -35,14 +38,21 @@ class Regularizer(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, rank: int | None = None, layers: int = 2, gate_hidden: int = 24, *, gated: bool = True
+        self,
+        d_model: int,
+        rank: int | None = None,
+        layers: int = 2,
+        gate_hidden: int = 24,
+        *,
+        gated: bool = True,
+        two_sided: bool = False,
     ) -> None:
         super().__init__()
         self.rank = rank or min(RANK_LIMIT, d_model)
         self.u = nn.ParameterList(nn.Parameter(torch.empty(d_model, self.rank)) for _ in range(layers))
         self.v = nn.ParameterList(nn.Parameter(torch.empty(self.rank, d_model)) for _ in range(layers))
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(d_model)) for _ in range(layers))
-        self.gated = gated
+        self.gated, self.two_sided = gated, two_sided
         if gated:
             self.gate_in = nn.Linear(d_model, gate_hidden)
             self.gate_out = nn.Linear(gate_hidden, 1)
@@ -62,11 +72,16 @@ class Regularizer(nn.Module):
 
     def transform(self, gradient: Tensor) -> Tensor:
         """ũ: each row of (…, P, d) through the low-rank layers, rescaled to its raw norm."""
-        row = gradient
-        for u, v, bias in zip(self.u, self.v, self.bias, strict=True):
-            row = torch.relu(row @ v.T @ u.T + bias)
+        row = self._through_layers(gradient)
+        if self.two_sided:
+            row = row - self._through_layers(-gradient)
         raw_norm = gradient.norm(dim=-1, keepdim=True)
         return row / (row.norm(dim=-1, keepdim=True) + _NORM_FLOOR) * (raw_norm + _NORM_FLOOR)
+
+    def _through_layers(self, row: Tensor) -> Tensor:
+        for u, v, bias in zip(self.u, self.v, self.bias, strict=True):
+            row = torch.relu(row @ v.T @ u.T + bias)
+        return row
 
     def forward(self, gradient: Tensor, task_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """ψ = (1 − z)·ũ + z·g.

@@ -45,6 +45,22 @@ def test_a_fresh_psi_keeps_the_signs_of_the_gradient():
     assert (torch.sign(update) == torch.sign(gradient)).float().mean() > 0.9
 
 
+def test_the_papers_transform_is_never_negative_and_a_two_sided_one_turns_with_the_gradient():
+    torch.manual_seed(0)
+    gradient, embedding = torch.randn(2, 10, 64), torch.randn(2, 64)
+    assert (Regularizer(64).transform(gradient) >= 0).all()
+    psi = Regularizer(64, two_sided=True)
+    torch.nn.init.normal_(psi.bias[0])
+    torch.testing.assert_close(psi(-gradient, embedding)[0], -psi(gradient, embedding)[0])
+
+
+def test_a_fresh_two_sided_psi_passes_all_of_the_gradient_on():
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 10, 64)
+    update = Regularizer(64, two_sided=True).transform(gradient)
+    assert torch.cosine_similarity(gradient.flatten(), update.flatten(), dim=0) > 0.98
+
+
 def test_the_rank_is_bounded_by_the_width():
     assert Regularizer(8).rank == 8
     assert Regularizer(4096).rank == 1920
