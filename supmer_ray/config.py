@@ -52,8 +52,7 @@ class RegularizerConfig(Section):
     gate: bool = Field(True, description="false: z = 0, ψ = ũ (the ablation without gate)")
     gate_hidden: int = Field(24, ge=1, description="hidden units of the gate")
     two_sided: bool = Field(
-        False,
-        description="ψ(−g) = −ψ(g): its layers, whose relu lets one sign through, read g and −g (not the paper's)",
+        False, description="ψ(−g) = −ψ(g): its layers, whose relu lets one sign pass, read g and −g (not in the paper)"
     )
 
 

@@ -26,8 +26,8 @@ class Regularizer(nn.Module):
         gate_hidden: hidden size of the gate's two-layer network.
         gated: False: the gate stands shut, ψ = ũ and z = 0 (the ablation without gate).
         two_sided: True: ψ(−g) = −ψ(g), because the layers read g and −g and the difference counts. The paper's layers
-            end in a relu, so that no element of ũ is negative, whatever the gradient's sign; where an element's gradient
-            only fluctuates, what is let through of it leads one way, and AdamW makes whole steps of that.
+            end in a relu, so no element of ũ is negative, whatever the gradient's sign. Where a gradient only
+            fluctuates, what is let through of it leads one way, and AdamW makes whole steps of that.
 
     Example:
         >>> psi = Regularizer(d_model=8, rank=4)
