@@ -24,6 +24,9 @@ BUILDER_CPUS = 0.5
 DRIVER_CPUS = 0.01
 """What the driver of a trial of several workers reserves: Ray Tune refuses a trial without resources."""
 
+RAY_PARTS = 10_000
+"""Ray counts resources in so many parts, to the nearest."""
+
 SETTLE_SECONDS = 5.0
 """How long a run waits for room before it says so."""
 
@@ -64,7 +67,7 @@ class Resources:
         nodes = list(zip_longest(self.node_cpus, self.node_gpus, fillvalue=0.0))
         if not gpu_share:
             return sum(int(cpus / each + 1e-9) for cpus, _ in nodes)
-        on_a_gpu = int(1 / gpu_share + 1e-9)
+        on_a_gpu = RAY_PARTS // round(gpu_share * RAY_PARTS)
         return sum(min(int(cpus / each + 1e-9), int(gpus) * on_a_gpu) for cpus, gpus in nodes)
 
     def __str__(self) -> str:

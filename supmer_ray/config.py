@@ -142,9 +142,9 @@ class WorkersConfig(Section):
 
     count: int = Field(1, ge=1, description="Ray Train workers; each takes tasks_per_step / count tasks")
     cpus: float = Field(1.0, gt=0, description="CPUs a worker reserves")
-    gpu: bool | None = Field(None, description="one GPU a worker; unset: if the cluster has them")
+    gpu: bool | None = Field(None, description="a GPU, or gpu_share of one, a worker; unset: if the cluster has them")
     gpu_share: float = Field(
-        1.0, gt=0, le=1, description="what a worker takes of its GPU: runs with small models leave most of one idle"
+        1.0, ge=0.001, le=1, description="what a worker takes of its GPU: runs with small models leave most of one idle"
     )
     builders: int = Field(1, ge=1, description="builders of meta-tasks that feed each worker")
     max_failures: int = Field(3, ge=0, description="worker failures that a run survives")
@@ -496,7 +496,10 @@ class EvaluateConfig(Section):
         None, description="of the frozen weights in adaptation; unset: bfloat16 on a GPU, float32 on a CPU"
     )
     gpu_share: float = Field(
-        1.0, gt=0, le=1, description="what a cell takes of a GPU: few examples and a small model leave most of one idle"
+        1.0,
+        ge=0.001,
+        le=1,
+        description="what a cell takes of a GPU: few examples leave most of one idle",
     )
     tokens_per_micro_batch: int | None = Field(
         None,

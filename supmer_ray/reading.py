@@ -73,6 +73,15 @@ def build(schema: type[Schema], values: Mapping[str, Any], where: str) -> Schema
         raise UserError(sentence if sentence.endswith((".", "?")) else f"{sentence}.") from None
 
 
+def completed(schema: type[BaseModel], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A configuration that was written down once, with the keys that the schema has had since at their defaults.
+
+    Raises:
+        UserError: as `build` has it, for example for a key of a later version.
+    """
+    return build(schema, values, where).model_dump(mode="json", by_alias=True)
+
+
 def plainly(error: ErrorDetails) -> str:
     """What was wrong, without pydantic's names of Python's types."""
     bounds = error.get("ctx", {})

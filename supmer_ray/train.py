@@ -28,6 +28,7 @@ from supmer_ray.files import Place, Where, held, read_sealed, require_new_place,
 from supmer_ray.meta.record import METRICS_FILE, MetricsLog
 from supmer_ray.meta.run import CONFIG_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
 from supmer_ray.monitoring.loggers import require_loggers
+from supmer_ray.reading import completed
 from supmer_ray.tasks.types import require_domains
 
 CHECKPOINT = "checkpoint"
@@ -305,7 +306,7 @@ def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) 
     except json.JSONDecodeError:
         raise UserError(f"{out}/{CONFIG_FILE} is damaged; start the run anew with --overwrite.") from None
     now = config.model_dump(mode="json")
-    for section, values in started["config"].items():
+    for section, values in completed(RunConfig, started["config"], f"{out}/{CONFIG_FILE}").items():
         if section not in ("workers", "schedule", "monitoring") and now[section] != values:
             raise UserError(
                 f"The run in {out} was started with other values under '{section}'; resume with the same "

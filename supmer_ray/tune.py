@@ -28,6 +28,7 @@ from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, first_line, require_new_folder
 from supmer_ray.files import Place, Where, held, require_outside, whole_file, write_json
 from supmer_ray.monitoring.loggers import require_loggers
+from supmer_ray.reading import completed
 from supmer_ray.sweep.space import Within, columns_of, run_config, settings_of, space
 from supmer_ray.sweep.trial import Trial, make_objective, validation_types
 from supmer_ray.sweep.watch import Listener, Progress, Watch, sigterm_as_sigint, watching
@@ -337,6 +338,8 @@ def _require_same_sweep(out: Path, settings: Mapping[str, Any]) -> dict[str, Any
         started: dict[str, Any] = json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{out} holds no sweep to resume ({SWEEP_FILE} is missing or damaged).") from None
+    if isinstance(started.get("sweep"), dict):
+        started["sweep"] = completed(SweepConfig, started["sweep"], str(out / SWEEP_FILE))
     for key, what in (("store", "store"), ("task", "few-shot task"), ("sweep", "configuration")):
         if started.get(key) != json.loads(json.dumps(settings[key])):
             raise UserError(

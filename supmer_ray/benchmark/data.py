@@ -143,7 +143,7 @@ def measure_embedding(path: Path, device: str, say: Callable[[str], None]) -> di
         tokens, items = (sum(map(what, (one.framed(backbone) for one in stretches))) for what in (_tokens, len))
         mean = tokens // items
         bare_layout = Layout((mean,) * (budget // mean), (mean,) * (budget // mean))
-        bare_input = backbone.embed(torch.full((bare_layout.positions,), backbone.pad, device=device))
+        bare_input = backbone.embed(torch.full((bare_layout.positions,), backbone.pad, device=backbone.device))
         passes = max(1, round(tokens / bare_layout.positions))
 
         @torch.no_grad()

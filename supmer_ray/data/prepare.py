@@ -305,6 +305,11 @@ def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Pro
         actors.append(embedder.remote(shared, config.backbone, gpu))
         busy[actors[-1].load.remote()] = actors[-1], None
 
+    def give(actor: Any, most: int) -> None:
+        for _ in range(min(most, len(waiting))):
+            number = waiting.popleft()
+            busy[actor.embed.remote(Stretch.of(sentences, number))] = actor, number
+
     tell("Embedding sentences", done, len(sentences), "sentences")
     try:
         for _ in range(min(count, len(waiting))):
@@ -323,13 +328,16 @@ def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Pro
                 if actor in actors:  # the first of its calls that tells
                     actors.remove(actor)
                     start()
+                # A new actor may find no place while one stands that has nothing in hand any more.
+                at_work = [one for one, _ in busy.values()]
+                for idle in [one for one in actors if one not in at_work]:
+                    give(idle, in_hand)
                 continue
             if stretch is not None:
                 done += rows
                 tell("Embedding sentences", done, len(sentences), "sentences")
-            for _ in range(min(1 if stretch is not None else in_hand, len(waiting))):
-                number = waiting.popleft()
-                busy[actor.embed.remote(Stretch.of(sentences, number))] = actor, number
+            if actor in actors:
+                give(actor, 1 if stretch is not None else in_hand)
     finally:
         # Not left to the garbage collector: whoever keeps the traceback of a failure would keep their CPUs with it.
         for actor in actors:

@@ -27,7 +27,7 @@ from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
 from supmer_ray.files import Place, Where, read_sealed, sha256, without_keys
-from supmer_ray.reading import build
+from supmer_ray.reading import build, completed
 from supmer_ray.tasks.types import require_domains
 
 DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
@@ -319,7 +319,8 @@ def require_same(out: Path, description: Mapping[str, Any]) -> None:
     for name, value in description.items():
         before = started.get(name)
         if name == "config" and isinstance(before, dict):
-            before = before | {"baseline": value["baseline"]}  # it shapes the tables only, so it may change
+            # The baseline shapes the tables only, so it may change.
+            before = completed(EvaluateConfig, before, str(file)) | {"baseline": value["baseline"]}
         if before != value:
             raise UserError(
                 f"The evaluation in {out} was started with another '{name}'; resume with the same, or start a new one."

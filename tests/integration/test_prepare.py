@@ -93,6 +93,7 @@ def test_other_workers_and_blocks_make_the_same_store(prepared, files, tmp_path,
     store, config, _ = prepared
     monkeypatch.setattr("supmer_ray.data.sources.LINES_PIECE_BYTES", 20_000)
     monkeypatch.setattr(module, "BLOCK_BYTES", 10_000)
+    monkeypatch.setitem(module.IN_HAND, "cpu", 2)  # as an actor on a GPU has
     other = config.model_copy(update={"sources": (str(files),), "embedders": 1, "max_documents": None})
     again = prepare(other, tmp_path / "store")
     assert again.files == store.manifest.files

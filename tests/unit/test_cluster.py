@@ -59,6 +59,8 @@ def test_a_gpu_holds_as_many_as_their_shares_allow():
     assert Resources((64.0,), node_gpus=(1.0,)).fitting(1, gpu_share=0.1) == 10
     assert Resources((64.0,), node_gpus=(2.0,)).fitting(1, gpu_share=0.4) == 4
     assert Resources((64.0,), node_gpus=(2.0,)).fitting(1, gpu_share=0.6) == 2
+    # Ray makes 0.1667 of it, and five of those are what a GPU holds.
+    assert Resources((64.0,), node_gpus=(1.0,)).fitting(1, gpu_share=0.16666) == 5
     shared = WorkersConfig(gpu_share=0.25)
     assert Resources((64.0,), node_gpus=(2.0,)).holding(shared) == 8
     assert Resources((64.0,)).holding(shared) == 42  # no GPU to share: cores count

@@ -1,0 +1,57 @@
+"""What was begun by an earlier version, whose configuration had fewer keys, goes on."""
+
+import json
+
+import pytest
+
+from supmer_ray.config import EvaluateConfig, RunConfig, SweepConfig
+from supmer_ray.errors import UserError
+from supmer_ray.fewshot.plan import DESCRIPTION, require_same
+from supmer_ray.files import Place
+from supmer_ray.meta.run import CONFIG_FILE
+from supmer_ray.train import _require_same_run
+from supmer_ray.tune import SWEEP_FILE, _require_same_sweep
+
+
+def _of_an_earlier_version(values):
+    """Without what has come since."""
+    if isinstance(values, dict):
+        return {
+            key: _of_an_earlier_version(own) for key, own in values.items() if key not in ("two_sided", "gpu_share")
+        }
+    return values
+
+
+def test_a_run(tmp_path):
+    config = RunConfig()
+    settings = {"store": "/store", "config": _of_an_earlier_version(config.model_dump(mode="json"))}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    _require_same_run(Place(str(tmp_path)), config, Place("/store"), "digest")
+    other = RunConfig.model_validate({"regularizer": {"two_sided": True}})
+    with pytest.raises(UserError, match="was started with other values under 'regularizer'"):
+        _require_same_run(Place(str(tmp_path)), other, Place("/store"), "digest")
+
+
+def test_a_run_of_a_later_version_is_refused(tmp_path):
+    config = RunConfig().model_dump(mode="json")
+    config["regularizer"]["sides"] = 3
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"store": "/store", "config": config}))
+    with pytest.raises(UserError, match=r"^Unknown key 'regularizer\.sides' in .*run\.json"):
+        _require_same_run(Place(str(tmp_path)), RunConfig(), Place("/store"), "digest")
+
+
+def test_an_evaluation(tmp_path):
+    config = EvaluateConfig().model_dump(mode="json")
+    (tmp_path / DESCRIPTION).write_text(json.dumps({"config": _of_an_earlier_version(config), "seeds": 5}))
+    require_same(tmp_path, {"config": {**config, "baseline": "supmer"}, "seeds": 5})
+    with pytest.raises(UserError, match="was started with another 'config'"):
+        require_same(tmp_path, {"config": {**config, "pattern": 1}, "seeds": 5})
+
+
+def test_a_sweep(tmp_path):
+    sweep = SweepConfig.model_validate({"samples": 2, "space": {"prompt.length": {"int": (2, 4)}}})
+    settings = {"store": "/store", "task": None, "sweep": sweep.model_dump(mode="json", by_alias=True)}
+    (tmp_path / SWEEP_FILE).write_text(json.dumps({**_of_an_earlier_version(settings), "at_a_time": 1}))
+    assert _require_same_sweep(tmp_path, settings)["at_a_time"] == 1
+    with pytest.raises(UserError, match="was started with another configuration"):
+        _require_same_sweep(tmp_path, {**settings, "sweep": {**settings["sweep"], "samples": 3}})
