@@ -496,10 +496,7 @@ class EvaluateConfig(Section):
         None, description="of the frozen weights in adaptation; unset: bfloat16 on a GPU, float32 on a CPU"
     )
     gpu_share: float = Field(
-        1.0,
-        ge=0.001,
-        le=1,
-        description="what a cell takes of a GPU: few examples leave most of one idle",
+        1.0, ge=0.001, le=1, description="what a cell takes of a GPU: few examples leave most of one idle"
     )
     tokens_per_micro_batch: int | None = Field(
         None,

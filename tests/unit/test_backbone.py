@@ -161,19 +161,21 @@ def test_a_pickle_is_never_read(folder, tmp_path):
 
 def test_a_micro_batch_on_a_gpu_takes_half_of_its_memory_and_less_where_scores_are_kept(folder, monkeypatch):
     backbone = load_backbone(str(folder))
+    assert load_backbone(str(folder), gpu_share=0.5).gpu_share == 0.5 and backbone.gpu_share == 1
     encoder = backbone.model.get_encoder()
     outputs = sum(part.out_features for part in encoder.modules() if isinstance(part, torch.nn.Linear))
 
-    def budget(memory, forward=backbone.forward):
+    def budget(memory, forward=backbone.forward, gpu_share=1.0):
         monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
         own = copy.copy(backbone)
-        own.forward = forward
+        own.forward, own.gpu_share = forward, gpu_share
         return own.token_budget
 
     assert backbone.token_budget == 4096
     backbone.__dict__.pop("token_budget")
     assert budget(2 * 20_000 * 1.5 * 4 * outputs) == 20_000
+    assert budget(2 * 20_000 * 1.5 * 4 * outputs, gpu_share=0.5) == 10_000
     assert budget(2**50) == 65536 and budget(2**20) == 4096
     assert budget(2**50, LibraryForward(backbone.model)) == 16384
 
