@@ -167,6 +167,7 @@ def adapt(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Unset: 200; on the embedded backbone what suits it.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Data seed: which K examples, and their order.")] = 0,
+    pattern: Annotated[int, typer.Option(min=0, help="Which of the task's patterns, counted from 0.")] = 0,
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Rows of a prompt that starts from vocabulary rows; unset: 10.")
     ] = None,
@@ -196,6 +197,8 @@ def adapt(
     from supmer_ray.fewshot.sampling import draw
 
     definition = load_definition(task)
+    if pattern >= (count := len(definition.patterns)):
+        raise UserError(f"Task '{definition.name}' has no pattern {pattern}; counted from 0, its last is {count - 1}.")
     rows = TaskRows.of(definition)
     draw(definition, rows.frames, config.shots, seed)  # that there are too few is told before torch is imported
     from supmer_ray.console import stage
@@ -213,6 +216,7 @@ def adapt(
             seed,
             config,
             out,
+            pattern=pattern,
             prompt_length=prompt_length or PLAIN_ROWS,
             overwrite=overwrite,
             progress=_stages(

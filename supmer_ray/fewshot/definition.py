@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from supmer_ray.errors import UserError, first_line, nearest
 from supmer_ray.fewshot import builtin
@@ -117,6 +117,32 @@ class DataSource(Section):
         return [Path(self.dataset.name)] if self.dataset and Path(self.dataset.name).is_dir() else []
 
 
+class Pattern(Section):
+    """One way to ask; in YAML its text alone, where it has no words of its own.
+
+    Attributes:
+        text: the fields and one mask in braces, "{text} It was {mask} ."; with candidates also {candidate}.
+        verbalizers: the words for this pattern, where those of the task do not fit it; otherwise empty.
+    """
+
+    text: str
+    verbalizers: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+    @field_validator("verbalizers", mode="before")
+    @classmethod
+    def _words_are_text(cls, verbalizers: Any) -> Any:
+        return _as_text(verbalizers) if isinstance(verbalizers, dict) else verbalizers
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return {"text": self.text, "verbalizers": self.verbalizers} if self.verbalizers else self.text
+
+
 class TaskDefinition(Section):
     """A labelled task: what to read and how to ask the language model about it.
 
@@ -127,8 +153,7 @@ class TaskDefinition(Section):
         candidates: of a multiple choice that is asked candidate by candidate, label → the text column of the
             candidate that it stands for, in the order in which labels are numbered. Otherwise empty.
         label: the column that holds the label; labels are read as text.
-        patterns: each has the fields and one mask in braces, "{text} It was {mask} ."; with candidates also
-            {candidate}.
+        patterns: ways to ask, of which one is used at a time, the first unless a number is given.
         verbalizers: label → word, in the order in which labels are numbered; with candidates the words for
             `wrong` and `right`.
     """
@@ -141,7 +166,7 @@ class TaskDefinition(Section):
     fields: tuple[str, ...] = Field(min_length=1)
     candidates: dict[str, str] = Field(default_factory=dict)
     label: str = "label"
-    patterns: tuple[str, ...] = Field(min_length=1)
+    patterns: tuple[Pattern, ...] = Field(min_length=1)
     verbalizers: dict[str, str] = Field(min_length=2)
 
     @field_validator("fields")
@@ -170,8 +195,8 @@ class TaskDefinition(Section):
 
     @field_validator("patterns")
     @classmethod
-    def _patterns_are_usable(cls, patterns: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        for pattern in patterns:
+    def _patterns_are_usable(cls, patterns: tuple[Pattern, ...], info: Any) -> tuple[Pattern, ...]:
+        for pattern in (own.text for own in patterns):
             names = [name for _, name in pattern_parts(pattern) if name is not None]
             once = [MASK, CANDIDATE] if info.data.get("candidates") else [MASK]
             for name in names:
@@ -190,9 +215,7 @@ class TaskDefinition(Section):
     @field_validator("verbalizers", mode="before")
     @classmethod
     def _words_are_text(cls, verbalizers: Any) -> Any:
-        if not isinstance(verbalizers, dict):
-            return verbalizers
-        return _as_text(verbalizers)
+        return _as_text(verbalizers) if isinstance(verbalizers, dict) else verbalizers
 
     @model_validator(mode="after")
     def _columns_and_words_fit(self) -> TaskDefinition:
@@ -203,6 +226,12 @@ class TaskDefinition(Section):
                 f"with candidates, verbalizers are the words for '{WRONG}' and '{RIGHT}', not for "
                 f"{', '.join(self.verbalizers)}"
             )
+        for pattern in self.patterns:
+            if pattern.verbalizers and set(pattern.verbalizers) != set(self.verbalizers):
+                raise ValueError(
+                    f"pattern '{pattern.text}' has words for {', '.join(pattern.verbalizers)}, but the task's labels "
+                    f"are {', '.join(self.verbalizers)}; give each a word, or leave the pattern's own words out"
+                )
         return self
 
     def from_folder(self, folder: Path) -> TaskDefinition:

@@ -8,7 +8,7 @@ candidate by candidate becomes one example for each candidate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,15 +139,16 @@ class TaskEncoder:
         self.definition = definition
         special = {*backbone.tokenizer.all_special_ids, backbone.sentinel, backbone.closing}
         self._special = special - {backbone.tokenizer.unk_token_id}
-        self._parts = self._pattern_tokens(definition.patterns[pattern])
+        own = definition.patterns[pattern]
+        self._parts = self._pattern_tokens(own.text)
         fixed = sum(len(tokens) for _, tokens, _ in self._parts)
         self._room = max_length - fixed - 1 - len(backbone.prefix) - len(backbone.suffix)
         if self._room < 1:
             raise UserError(
-                f"Pattern '{definition.patterns[pattern]}' of task '{definition.name}' leaves no room for the text in "
+                f"Pattern '{own.text}' of task '{definition.name}' leaves no room for the text in "
                 f"{max_length} tokens; shorten the pattern or raise max_length."
             )
-        self._targets = self._target_tokens()
+        self._targets = self._target_tokens(own.verbalizers or definition.verbalizers)
         self.verbalizer_ids = self._targets[:, 1].astype(np.int64)
 
     def inputs(self, frame: pd.DataFrame) -> Examples:
@@ -225,13 +226,13 @@ class TaskEncoder:
                 ids += next(texts)
         return ids + self.backbone.suffix
 
-    def _target_tokens(self) -> np.ndarray:
+    def _target_tokens(self, verbalizers: Mapping[str, str]) -> np.ndarray:
         """(words, T) int32: sentinel, word, closing; shorter words are filled up with `IGNORED`."""
         labels = (WRONG, RIGHT) if self.definition.candidates else self.definition.labels
-        words = self._tokenize([self.definition.verbalizers[label] for label in labels], spaced=True)
+        words = self._tokenize([verbalizers[label] for label in labels], spaced=True)
         first: dict[int, str] = {}
         for label, tokens in zip(labels, words, strict=True):
-            word = self.definition.verbalizers[label]
+            word = verbalizers[label]
             if not tokens or self.backbone.tokenizer.unk_token_id in tokens:
                 raise UserError(
                     f"The verbalizer '{word}' of label '{label}' in task '{self.definition.name}' is no word of the "
@@ -240,7 +241,7 @@ class TaskEncoder:
             if tokens[0] in first:
                 other = first[tokens[0]]
                 raise UserError(
-                    f"The verbalizers '{self.definition.verbalizers[other]}' (label '{other}') and '{word}' (label "
+                    f"The verbalizers '{verbalizers[other]}' (label '{other}') and '{word}' (label "
                     f"'{label}') of task '{self.definition.name}' begin with the same token of '{self.backbone.name}' "
                     "and could not be told apart; choose another word for one of them."
                 )

@@ -257,12 +257,14 @@ def adapt_task(
     out: Path,
     *,
     prompt_length: int,
+    pattern: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AdaptResult:
     """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`.
 
     Args:
+        pattern: number of the task's pattern.
         prompt_length: rows of a prompt that starts from vocabulary rows.
     """
     definition = task.definition
@@ -270,12 +272,14 @@ def adapt_task(
     if overwrite:
         require_outside(Place.of(out), {"file of the task": map(Place.of, definition.data.places())})
     rows = len(checkpoint.prompt) if checkpoint else prompt_length
-    encoder = _encoder(backbone, definition, input_limit(backbone, rows, config.max_length), 0)
+    limit = input_limit(backbone, rows, config.max_length)
+    encoder = TaskEncoder(backbone, definition, max_length=limit, pattern=pattern)
     drawn = draw(definition, task.frames, config.shots, seed, config.max_test)
     [run] = _runs(backbone, encoder, [drawn], [seed], checkpoint, rows)
     [result] = adapt(backbone, [replace(run, test=encoder.split(drawn.test))], config, progress=progress)
     record = AdaptedRecord(
         definition=definition,
+        pattern=pattern,
         backbone=backbone.name,
         backbone_fingerprint=backbone.fingerprint,
         tokenizer_fingerprint=backbone.tokenizer_fingerprint,

@@ -53,7 +53,8 @@ def test_prepare_train_adapt_predict(folder):
         "name: headlines\ndescription: sport or business\n"
         "data:\n  files: {train: train.csv, test: test.csv}\n"
         "fields: [headline]\nlabel: label\n"
-        "patterns: ['{headline} topic : {mask} .']\n"
+        "patterns: ['{headline} topic : {mask} .', {text: 'is it about money ? {mask} . {headline}', "
+        "verbalizers: {sport: 'no', business: 'yes'}}]\n"
         "verbalizers: {sport: sport, business: business}\n"
     )
     # As it would ship: without its optimizer, with a card.
@@ -71,9 +72,11 @@ def test_prepare_train_adapt_predict(folder):
     # The settings that suit the embedded backbone came without being asked for.
     assert [name for name in TASK_TYPES if f"| {name} |" in card] == ["nsp", "scsp"]
     said = supmer(
-        "adapt", "--task", task, "--checkpoint", folder / "learned", "--shots", 8, "--steps", 4, "--out", adapted
-    )
-    assert json.loads((adapted / "adapted.json").read_text())["config"]["loss"] == "answers"
+        "adapt", "--task", task, "--checkpoint", folder / "learned", "--shots", 8, "--steps", 4, "--pattern", 1,
+        "--out", adapted,
+    )  # fmt: skip
+    record = json.loads((adapted / "adapted.json").read_text())
+    assert record["config"]["loss"] == "answers" and record["pattern"] == 1
     assert "test accuracy" in said.stdout
 
     # Without a checkpoint from the one that ships, with --plain from none.

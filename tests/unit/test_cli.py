@@ -117,6 +117,8 @@ def test_configuration_mistakes(tmp_path):
     assert "domains" in refused("prepare", "--source", "bbc", "--out", out, "--domains", "1")
     assert "shots" in refused("adapt", "--task", "bbc-topic", "--out", out, "--shots", "0")
     assert "steps" in refused("adapt", "--task", "bbc-topic", "--out", out, "--steps", "0")
+    message = refused("adapt", "--task", "rte", "--out", out, "--pattern", "9")
+    assert message == "supmer: Task 'rte' has no pattern 9; counted from 0, its last is 8.\n"
     both = ("--plain", "--checkpoint", tmp_path)
     assert "give one of them" in refused("adapt", "--task", "bbc-topic", "--out", out, *both)
     assert not out.exists()

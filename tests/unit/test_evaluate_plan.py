@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from supmer_ray import embedded
 from supmer_ray.cluster import Resources
-from supmer_ray.config import EvaluateConfig
+from supmer_ray.config import EvaluateConfig, RunConfig
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _note, evaluate
 from supmer_ray.fewshot.method import Method, load_method
@@ -234,8 +234,15 @@ def test_a_checkpoint_is_of_the_method_that_it_is_given_for(own_task, tmp_path):
     ten = {"prompt": {"length": 10}}
     plan = make_plan(own_task(), methods=["supmer", "no-psi"], adapt={"shots": 1}, run=ten)
     plan = replace(plan, checkpoints={"supmer": embedded.LEARNED, "no-psi": embedded.LEARNED})
-    with pytest.raises(UserError, match=r"was not meta-trained as method 'no-psi' says \(regularizer\.enabled\)"):
+    with pytest.raises(UserError, match=r"was not meta-trained as method 'no-psi' says \(regularizer\.enabled, "):
         evaluate(plan, tmp_path / "out")
+
+
+def test_a_checkpoint_of_one_method_passes_for_no_other():
+    names = ("supmer", "ppt", "metapt", "no-psi", "no-gate", "no-mixup", "no-curriculum", "two-sided")
+    trained = {name: load_method(name).run_config(RunConfig()) for name in names}
+    for name, made in trained.items():
+        assert [other for other in names if load_method(other).run_config(made) == made] == [name]
 
 
 def test_a_probe_wants_as_many_texts_in_both_tasks(own_task, tmp_path):

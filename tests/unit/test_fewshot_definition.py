@@ -99,6 +99,23 @@ def test_reads_a_datasets_folder_with_class_names(tmp_path, on_disk, monkeypatch
         ({"patterns": ["{title is {mask} ."]}, r"the braces of pattern '\{title is \{mask\} .' do not pair up"),
         ({"patterns": ["{title} is} {mask} ."]}, "braces .* do not pair up"),
         ({"patterns": ["{title!r} is {mask} ."]}, "more or less than a name in braces"),
+        ({"patterns": [{"text": "{titel} {mask}"}]}, r"names \{titel\}, which is no field; did you mean 'title'"),
+        (
+            {"patterns": [{"verbalizers": {"good": "true"}}]},
+            r"Missing key 'patterns\.0\.text' in .*weather.yaml; write it",
+        ),
+        (
+            {"patterns": [{"text": "{title} {mask}", "words": {}}]},
+            r"Unknown key 'patterns\.0\.words' in .*; known are: text, verbalizers",
+        ),
+        (
+            {"patterns": [{"text": "{title} {mask}", "verbalizers": {"good": "true", "well": "false"}}]},
+            r"pattern '\{title\} \{mask\}' has words for good, well, but the task's labels are bad, good; give each a",
+        ),
+        (
+            {"patterns": [{"text": "{title} {mask}", "verbalizers": {"good": True, "bad": False}}]},
+            r"'patterns\.0\.verbalizers' in .* a word that YAML reads as False; put it in quotes",
+        ),
         ({"fields": ["title", "mask"]}, "'mask' stands for"),
         ({"label": "body"}, "label's column 'body' is one of the texts as well"),
         ({"candidates": {"good": "body"}}, "one candidate leaves no choice"),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny import make_tiny_bart, make_tiny_t5
 
 from supmer_ray.errors import UserError
-from supmer_ray.fewshot.definition import TaskDefinition
+from supmer_ray.fewshot import builtin
+from supmer_ray.fewshot.definition import TaskDefinition, load_definition
 from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities, outline
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.prompted import IGNORED
@@ -104,6 +105,26 @@ def test_targets_and_answers(backbone):
         [backbone.sentinel, terrible, rain, backbone.closing],
         [backbone.sentinel, great, backbone.closing, IGNORED],
     ]
+
+
+def test_a_pattern_may_have_words_of_its_own(backbone):
+    """Only it asks for them, and what is written of a definition is what was read."""
+    first, own = "{a} {mask}", {"text": "{a} question {mask}", "verbalizers": {"0": "no", "1": "yes"}}
+    task = definition(patterns=[first, own])
+    words = {word: tokens[0] for word, tokens in zip(WORDS, backbone.tokenize(WORDS), strict=True)}
+    asked = [TaskEncoder(backbone, task, max_length=50, pattern=number).verbalizer_ids.tolist() for number in (0, 1)]
+    assert asked == [[words["great"], words["terrible"]], [words["yes"], words["no"]]]
+    written = task.model_dump(mode="json")
+    assert written["patterns"] == [first, own] and TaskDefinition.model_validate(written) == task
+
+
+def test_every_pattern_of_ours_asks_the_embedded_backbone():
+    backbone = outline("embedded")
+    for name in builtin.names("definitions"):
+        task = load_definition(name)
+        for number in range(len(task.patterns)):
+            encoder = TaskEncoder(backbone, task, max_length=120, pattern=number)
+            assert len(encoder.verbalizer_ids) == len(task.verbalizers)
 
 
 def test_bart_words_keep_their_leading_space(tmp_path):
