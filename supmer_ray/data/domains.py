@@ -1,12 +1,15 @@
-"""Vectors become domains: k-means, then every item sorted under its domain.
+"""Vectors become domains: k-means on a sample, then every item sorted under its domain.
 
-Embeddings flow past twice (once for a sample to fit on, once to assign all), a `Family` flows out; memory
-holds the sample and a few bytes an item. The paper has 250 domains; nine tenths of each train.
+A family's embeddings are passed in portions, each twice and wherever the cluster has room: once for those of the
+sample that lie in it (`sampled`, then `fitted` on all of the sample), once to assign all (`assigned`). What the
+portions say flows together into a `Family` (`sorted_under_domains`). Memory holds the sample, or a few bytes an
+item. The paper has 250 domains; nine tenths of each train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.cluster import MiniBatchKMeans
@@ -14,40 +17,87 @@ from threadpoolctl import threadpool_limits
 
 from supmer_ray.data.store import Family
 
-Pass = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
-"""Starts one pass over a family: (rows (n,) int64, embeddings (n, d)), stretch by stretch, in row order."""
+Stretches = Iterable[tuple[np.ndarray, np.ndarray]]
+"""Items of a portion in row order: (rows (n,) int64, embeddings (n, d)), stretch by stretch."""
 
 
-def cluster(items: Pass, count: int, *, domains: int, sample: int, seed: int) -> Family:
-    """Sort a family's `count` items into at most `domains` domains.
+@dataclass(frozen=True)
+class Assigned:
+    """A portion's items and their domains.
 
-    Domains are found by direction (k-means on vectors of length 1), because they are compared by
-    their cosine. The centroid that is kept is nevertheless the mean of the RAW embeddings of the domain's
-    items: the task type scc puts it straight into the encoder's input, where its length matters. A domain
-    that got no item is dropped. Within a domain the items are shuffled with the seed; nine tenths train.
+    Attributes:
+        rows: (n,) where each item begins.
+        labels: (n,) int32 number of its domain.
+        sums: (domains, d) float64 sum of each domain's raw vectors.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    sums: np.ndarray
+
+
+def sampled(stretches: Stretches, chosen: np.ndarray) -> np.ndarray:
+    """The vectors that k-means is fitted on, in length 1: (len(chosen), d) float32.
+
+    Domains are found by direction, because they are compared by their cosine.
 
     Args:
-        sample: items that k-means is fitted on, drawn evenly with the seed.
+        chosen: sorted numbers of items, counted from the portion's first.
     """
-    generator = np.random.default_rng(seed)
-    # One thread: sums in another order would give other bits.
-    with threadpool_limits(1):
-        points = _sample(items, count, min(sample, count), generator)
-        state = int(generator.integers(2**31))
-        kmeans = MiniBatchKMeans(domains, batch_size=4096, n_init=3, random_state=state).fit(points)
-        del points
-        rows, labels, centroids = _assign(items, kmeans)
+    parts, passed = [], 0
+    for rows, vectors in stretches:
+        first, last = np.searchsorted(chosen, (passed, passed + len(rows)))
+        parts.append(_directions(vectors[chosen[first:last] - passed]))
+        passed += len(rows)
+    return np.concatenate(parts)
+
+
+def fitted(points: Sequence[np.ndarray], domains: int, seed: int) -> MiniBatchKMeans:
+    """k-means on the sample, whose parts come in row order."""
+    with _one_thread():
+        kmeans = MiniBatchKMeans(domains, batch_size=4096, n_init=3, random_state=seed)
+        return kmeans.fit(np.concatenate(points))
+
+
+def assigned(stretches: Stretches, kmeans: MiniBatchKMeans) -> Assigned:
+    """Every item of a portion with the domain whose centre is nearest to its direction."""
+    rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    sums = np.zeros(kmeans.cluster_centers_.shape, np.float64)
+    with _one_thread():
+        for part, vectors in stretches:
+            if len(part):
+                label = kmeans.predict(_directions(vectors))
+                order = np.argsort(label, kind="stable")
+                found, first = np.unique(label[order], return_index=True)
+                sums[found] += np.add.reduceat(vectors[order].astype(np.float64), first, axis=0)
+                rows.append(part)
+                labels.append(label.astype(np.int32))
+    return Assigned(np.concatenate(rows), np.concatenate(labels), sums)
+
+
+def sorted_under_domains(portions: Sequence[Assigned], generator: np.random.Generator) -> Family:
+    """The family of all portions, which come in row order.
+
+    The centroid that is kept is the mean of the RAW embeddings of the domain's items: the task type scc puts it
+    straight into the encoder's input, where its length matters. A domain that got no item is dropped. Within a
+    domain the items are shuffled; nine tenths train.
+    """
+    rows = np.concatenate([portion.rows for portion in portions])
+    used, labels = np.unique(np.concatenate([portion.labels for portion in portions]), return_inverse=True)
+    sizes = np.bincount(labels)
+    sums = portions[0].sums.copy()
+    for portion in portions[1:]:  # one after the other: sums in another order would give other bits
+        sums += portion.sums
     shuffled = generator.permutation(len(rows))
     order = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    sizes = np.bincount(labels, minlength=len(centroids))
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     validation = np.where(sizes >= 2, np.maximum(sizes // 10, 1), 0)
     return Family(
-        centroids=centroids,
+        centroids=(sums[used] / sizes[:, None]).astype(np.float32),
         items=rows[order],
         starts=starts,
         train_ends=starts[1:] - validation,
-        keywords=np.zeros((len(centroids), 0), np.int32),
+        keywords=np.zeros((len(used), 0), np.int32),
     )
 
 
@@ -62,32 +112,9 @@ def empty_family(d_model: int) -> Family:
     )
 
 
-def _sample(items: Pass, count: int, size: int, generator: np.random.Generator) -> np.ndarray:
-    """(size, d) float32 vectors of length 1, evenly drawn."""
-    chosen = np.sort(generator.choice(count, size, replace=False))
-    parts, passed = [], 0
-    for rows, vectors in items():
-        first, last = np.searchsorted(chosen, (passed, passed + len(rows)))
-        parts.append(_directions(vectors[chosen[first:last] - passed]))
-        passed += len(rows)
-    return np.concatenate(parts)
-
-
-def _assign(items: Pass, kmeans: MiniBatchKMeans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows and domain numbers of all items, and the domains' mean raw vectors (domains, d) float32."""
-    rows, labels = [], []
-    sums = np.zeros(kmeans.cluster_centers_.shape, np.float64)
-    for part, vectors in items():
-        if len(part):
-            label = kmeans.predict(_directions(vectors))
-            order = np.argsort(label, kind="stable")
-            found, first = np.unique(label[order], return_index=True)
-            sums[found] += np.add.reduceat(vectors[order].astype(np.float64), first, axis=0)
-            rows.append(part)
-            labels.append(label)
-    used, numbers = np.unique(np.concatenate(labels), return_inverse=True)
-    sizes = np.bincount(numbers)
-    return np.concatenate(rows), numbers, (sums[used] / sizes[:, None]).astype(np.float32)
+def _one_thread() -> threadpool_limits:
+    """One thread for scikit-learn: sums in another order would give other bits."""
+    return threadpool_limits(1)
 
 
 def _directions(vectors: np.ndarray) -> np.ndarray:

@@ -139,10 +139,9 @@ class Stretch:
     def of(sentences: Sentences, number: int) -> Stretch:
         """A stretch of the sentence table."""
         span = stretch_rows(number, len(sentences))
-        parts = [sentences.tokens(row) for row in range(span.start, min(span.stop + 1, len(sentences)))]
-        offsets = np.cumsum([0, *map(len, parts)])
+        tokens, offsets = sentences.span(range(span.start, min(span.stop + 1, len(sentences))))
         pairs = item_rows("nsp", sentences.starts, span.start, span.stop) - span.start
-        return Stretch(number, np.concatenate(parts), offsets, len(span), pairs)
+        return Stretch(number, tokens, offsets, len(span), pairs)
 
     def framed(self, backbone: Backbone) -> Examples:
         """Its own sentences, then its pairs of neighbours, as the encoder reads them."""

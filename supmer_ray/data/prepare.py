@@ -1,9 +1,9 @@
 """The way from text to a store, over a Ray cluster.
 
 A `PrepareConfig` flows in and a store flows out. Documents stream through Ray Data into the sentence
-table, its rows stream through embedding actors into files of vectors, and one task a family sorts those
-into domains. The table is the driver's alone, which sees one batch of it at a time; the vectors lie beside
-the output, a path or an object store, where on several nodes all of them have to reach it.
+table, its rows stream through embedding actors into files of vectors, and tasks sort those into domains,
+a portion each. The table is the driver's alone, which sees one batch of it at a time; the vectors lie
+beside the output, a path or an object store, where on several nodes all of them have to reach it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from supmer_ray.cluster import Resources, connect
 from supmer_ray.config import PrepareConfig
-from supmer_ray.data.domains import cluster, empty_family
+from supmer_ray.data.domains import Assigned, assigned, empty_family, fitted, sampled, sorted_under_domains
 from supmer_ray.data.embed import IN_HAND, STRETCH, Embedder, Stretch, Vectors, stretch_rows
 from supmer_ray.data.keywords import keywords
 from supmer_ray.data.sentences import cut, tokenizer_of
@@ -65,6 +65,9 @@ PAIR_SHARE = 0.1
 BLOCK_BYTES = 4 * 2**20
 """Text in one Ray Data block: small, so that one large file still feeds every worker."""
 
+PORTION = 256
+"""Stretches of vectors that one task sorts into domains: some seconds of work."""
+
 MOST_LOSSES = 3
 """How often embedding actors may be lost over the same work; over their start, so often for each of them."""
 
@@ -86,7 +89,7 @@ def prepare(
         out: the folder, or the URI of one (`s3://…`), that every node reaches.
         overwrite: replace a store that stands at `out`.
         progress: told of every batch: stages "Cutting sentences" (in documents, total unknown),
-            "Embedding sentences" and "Finding domains" (in families).
+            "Embedding sentences" and "Finding domains" (in items of the families).
 
     Returns:
         What the store holds.
@@ -344,6 +347,54 @@ def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Pro
             ray.kill(actor)
 
 
+@dataclass(frozen=True)
+class Portion:
+    """A part of a family that one task passes.
+
+    Attributes:
+        family: its name.
+        stretches: whose items it holds.
+        first: number of its first item among the family's.
+        items: how many it has.
+    """
+
+    family: str
+    stretches: range
+    first: int
+    items: int
+
+    def chosen(self, items: np.ndarray) -> np.ndarray:
+        """Those of the family's items (sorted numbers) that lie in it, counted from its first."""
+        start, stop = np.searchsorted(items, (self.first, self.first + self.items))
+        return items[start:stop] - self.first
+
+    def read(self, starts: np.ndarray, shared: Place) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows, vectors) of its items, stretch by stretch."""
+        vectors = Vectors(shared)
+        for stretch in self.stretches:
+            span = stretch_rows(stretch, int(starts[-1]))
+            rows = item_rows(self.family, starts, span.start, span.stop)
+            if self.family == "ss":
+                yield rows, vectors.sentences(stretch)
+            else:
+                pairs = item_rows("nsp", starts, span.start, span.stop)
+                yield rows, vectors.pairs(stretch)[np.isin(pairs, rows)]
+
+
+def _portions(family: str, starts: np.ndarray) -> list[Portion]:
+    sentences = int(starts[-1])
+    count = -(-sentences // STRETCH)
+    portions = list[Portion]()
+    passed = 0
+    for first in range(0, count, PORTION):
+        stretches = range(first, min(first + PORTION, count))
+        last = stretch_rows(stretches[-1], sentences).stop
+        items = len(item_rows(family, starts, first * STRETCH, last))
+        portions.append(Portion(family, stretches, passed, items))
+        passed += items
+    return portions
+
+
 def _find_domains(
     config: PrepareConfig,
     starts: np.ndarray,
@@ -352,36 +403,47 @@ def _find_domains(
     d_model: int,
     tell: Progress,
 ) -> dict[str, Family]:
-    """Cluster each family in a task of its own."""
+    """Cluster each family, portion by portion wherever the cluster has room; the domains have no words yet."""
     documents = ray.put(np.array(starts))
-    waiting = {
-        _cluster_family.remote(name, counts[name], config, documents, shared): name for name in FAMILIES if counts[name]
-    }
     families = {name: empty_family(d_model) for name in FAMILIES}
-    done = len(FAMILIES) - len(waiting)
-    tell("Finding domains", done, len(FAMILIES), "families")
-    while waiting:
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        families[waiting.pop(ready)] = _get(ready)
-        done += 1
-        tell("Finding domains", done, len(FAMILIES), "families")
-    return families
+    assigning, sorting = dict[Any, int](), dict[Any, str]()
+    for number, name in enumerate(FAMILIES):
+        if not counts[name]:
+            continue
+        generator = np.random.default_rng(config.seed * len(FAMILIES) + number)
+        chosen = np.sort(generator.choice(counts[name], min(config.kmeans_sample, counts[name]), replace=False))
+        seed = int(generator.integers(2**31))
+        portions = _portions(name, starts)
+        own = {portion.first: portion.chosen(chosen) for portion in portions}
+        points = [_sample.remote(one, documents, shared, own[one.first]) for one in portions if len(own[one.first])]
+        kmeans = _fit.remote(config.domains, seed, *points)
+        parts = {_assign.remote(one, documents, shared, kmeans): one.items for one in portions}
+        assigning |= parts
+        sorting[_sort.remote(generator, *parts)] = name
+    done, total = 0, sum(assigning.values())
+    tell("Finding domains", done, total, "items")
+    while assigning:
+        (ready,), _ = ray.wait(list(assigning), num_returns=1, fetch_local=False)
+        done += assigning.pop(ready)
+        tell("Finding domains", done, total, "items")
+    return families | {name: _get(reference) for reference, name in sorting.items()}
 
 
 @ray.remote(num_cpus=1)
-def _cluster_family(name: str, count: int, config: PrepareConfig, starts: np.ndarray, shared: Place) -> Family:
-    """Sort a family's items under their domains; the domains have no words yet."""
-    vectors = Vectors(shared)
+def _sample(portion: Portion, starts: np.ndarray, shared: Place, chosen: np.ndarray) -> np.ndarray:
+    return sampled(portion.read(starts, shared), chosen)
 
-    def items() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for stretch in range(-(-int(starts[-1]) // STRETCH)):
-            span = stretch_rows(stretch, int(starts[-1]))
-            rows = item_rows(name, starts, span.start, span.stop)
-            if name == "ss":
-                yield rows, vectors.sentences(stretch)
-            else:
-                pairs = item_rows("nsp", starts, span.start, span.stop)
-                yield rows, vectors.pairs(stretch)[np.isin(pairs, rows)]
 
-    seed = config.seed * len(FAMILIES) + FAMILIES.index(name)
-    return cluster(items, count, domains=config.domains, sample=config.kmeans_sample, seed=seed)
+@ray.remote(num_cpus=1)
+def _fit(domains: int, seed: int, *points: np.ndarray) -> Any:
+    return fitted(points, domains, seed)
+
+
+@ray.remote(num_cpus=1)
+def _assign(portion: Portion, starts: np.ndarray, shared: Place, kmeans: Any) -> Assigned:
+    return assigned(portion.read(starts, shared), kmeans)
+
+
+@ray.remote(num_cpus=1)
+def _sort(generator: np.random.Generator, *portions: Assigned) -> Family:
+    return sorted_under_domains(portions, generator)

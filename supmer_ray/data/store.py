@@ -184,6 +184,19 @@ class Sentences:
         offsets, values = self._tokens[batch]
         return values[offsets[place] : offsets[place + 1]]
 
+    def span(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (n,) int32 of consecutive sentences, end to end, and where each starts in them (sentences + 1,)."""
+        tokens, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        row = rows.start
+        while row < rows.stop:
+            batch, place = self._locate(row)
+            offsets, values = self._tokens[batch]
+            own = offsets[place : place + rows.stop - row + 1]
+            tokens.append(values[own[0] : own[-1]])
+            lengths.append(np.diff(own))
+            row += len(own) - 1
+        return np.concatenate(tokens), np.concatenate([[0], *lengths]).cumsum()
+
     def batches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """All sentences, batch by batch: the first row, where each sentence starts (n + 1,), and the tokens."""
         for number, (offsets, values) in enumerate(self._tokens):

@@ -83,7 +83,8 @@ def test_progress_and_manifest_count_the_same(prepared):
     last = {stage: (done, total, unit) for stage, done, total, unit in said}
     assert last["Cutting sentences"] == (DOCUMENTS, None, "documents")
     assert last["Embedding sentences"] == (len(store), len(store), "sentences")
-    assert last["Finding domains"] == (3, 3, "families")
+    items = sum(record.items for record in store.manifest.families.values())
+    assert last["Finding domains"] == (items, items, "items")
     assert store.manifest.documents == DOCUMENTS
     assert store.manifest.tokens == sum(len(store.tokens(row)) for row in range(len(store)))
     assert sorted(file.name for file in store.path.iterdir()) == sorted([*store.manifest.files, "manifest.json"])
@@ -93,6 +94,7 @@ def test_other_workers_and_blocks_make_the_same_store(prepared, files, tmp_path,
     store, config, _ = prepared
     monkeypatch.setattr("supmer_ray.data.sources.LINES_PIECE_BYTES", 20_000)
     monkeypatch.setattr(module, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(module, "PORTION", 1)
     monkeypatch.setitem(module.IN_HAND, "cpu", 2)  # as an actor on a GPU has
     other = config.model_copy(update={"sources": (str(files),), "embedders": 1, "max_documents": None})
     again = prepare(other, tmp_path / "store")

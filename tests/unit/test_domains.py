@@ -1,9 +1,11 @@
 """Vectors that point the same way share a domain, and every item lands in exactly one place."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from supmer_ray.data.domains import cluster
+from supmer_ray.data.domains import assigned, fitted, sampled, sorted_under_domains
 
 
 def blobs(count, directions=5, width=16, seed=0):
@@ -15,19 +17,28 @@ def blobs(count, directions=5, width=16, seed=0):
     return vectors.astype(np.float16), labels
 
 
-def passes(vectors, rows, size=97):
-    def start():
-        for first in range(0, len(rows), size):
-            yield rows[first : first + size], vectors[first : first + size]
+def cluster(vectors, rows, *, domains, sample, seed, size=97, portions=1):
+    """A family of these vectors in so many portions, read in stretches of `size`."""
 
-    return start
+    def stretches(part):
+        for first in range(part.start, part.stop, size):
+            yield rows[first : min(first + size, part.stop)], vectors[first : min(first + size, part.stop)]
+
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.choice(len(rows), min(sample, len(rows)), replace=False))
+    ends = np.linspace(0, len(rows), portions + 1).astype(int)
+    parts = [range(*ends) for ends in pairwise(ends)]
+    own = [chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start for part in parts]
+    points = [sampled(stretches(part), one) for part, one in zip(parts, own, strict=True)]
+    kmeans = fitted(points, domains, seed)
+    return sorted_under_domains([assigned(stretches(part), kmeans) for part in parts], generator)
 
 
 @pytest.fixture(scope="module")
 def family():
     vectors, labels = blobs(1000)
     rows = np.arange(1000) * 3
-    return cluster(passes(vectors, rows), 1000, domains=5, sample=400, seed=7), vectors, labels
+    return cluster(vectors, rows, domains=5, sample=400, seed=7), vectors, labels
 
 
 def test_domains_are_directions(family):
@@ -52,19 +63,21 @@ def test_centroids_are_means_of_the_raw_vectors(family):
     assert found.centroids.dtype == np.float32
 
 
-def test_same_seed_same_bits_however_the_items_arrive(family):
+@pytest.mark.parametrize(("size", "portions"), [(1000, 1), (97, 3), (20, 7)])
+def test_same_seed_same_bits_however_the_items_arrive(family, size, portions):
     found, vectors, _ = family
-    again = cluster(passes(vectors, np.arange(1000) * 3, size=1000), 1000, domains=5, sample=400, seed=7)
+    rows = np.arange(1000) * 3
+    again = cluster(vectors, rows, domains=5, sample=400, seed=7, size=size, portions=portions)
     for name in ("items", "starts", "train_ends"):
         np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
     np.testing.assert_allclose(found.centroids, again.centroids, rtol=1e-6)
-    other = cluster(passes(vectors, np.arange(1000) * 3), 1000, domains=5, sample=400, seed=8)
+    other = cluster(vectors, rows, domains=5, sample=400, seed=8)
     assert not np.array_equal(found.items, other.items)
 
 
 def test_small_domains_keep_an_item_for_validation():
     vectors, _ = blobs(12, directions=3)
-    found = cluster(passes(vectors, np.arange(12)), 12, domains=3, sample=100, seed=0)
+    found = cluster(vectors, np.arange(12), domains=3, sample=100, seed=0)
     sizes = np.diff(found.starts)
     assert ((found.starts[1:] - found.train_ends) == np.where(sizes >= 2, 1, 0)).all()
 
@@ -72,6 +85,6 @@ def test_small_domains_keep_an_item_for_validation():
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_domain_without_items_is_dropped():
     vectors = np.repeat(np.eye(2, 8, dtype=np.float16), 20, axis=0)
-    found = cluster(passes(vectors, np.arange(40)), 40, domains=4, sample=40, seed=0)
+    found = cluster(vectors, np.arange(40), domains=4, sample=40, seed=0)
     assert found.domains == 2
     assert np.diff(found.starts).tolist() == [20, 20]

@@ -121,6 +121,11 @@ def test_rows_beyond_the_first_batch(tmp_path):
         assert sentences.text(row) == f"{row // 2} {row % 2}"
         assert len(sentences.tokens(row)) == row % 2 + 1
         assert row in sentences.document_rows(row)
+    for rows in (range(0), range(3, 10), range(BATCH_ROWS - 2, BATCH_ROWS + 3), range(2 * BATCH_ROWS)):
+        tokens, starts = sentences.span(rows)
+        own = [sentences.tokens(row) for row in rows]
+        assert starts.tolist() == np.cumsum([0, *map(len, own)]).tolist() and tokens.dtype == np.int32
+        assert tokens.tolist() == np.concatenate([tokens[:0], *own]).tolist()
 
 
 @given(st.lists(st.integers(0, 7), min_size=1), st.integers(1, 9))
