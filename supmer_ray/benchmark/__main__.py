@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from supmer_ray.benchmark.step import StepSettings, measure_step
+from supmer_ray.benchmark.step import StepSettings, measure_step, timed
 from supmer_ray.benchmark.workload import SIZES, Lengths
 from supmer_ray.errors import UserError
 from supmer_ray.files import write_json
@@ -67,17 +67,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    if options.repeats < 1:
+        raise UserError("A measurement needs at least one round; write --repeats 1 or more.")
     if options.threads:
         torch.set_num_threads(options.threads)
+    threads = torch.get_num_threads()
     report: dict[str, Any] = {"machine": machine(options.device), "command": " ".join(sys.argv[1:])}
     if options.data:
         from supmer_ray.benchmark.data import measure_data
 
         report["data"] = measure_data(_store(options), print)
+        torch.set_num_threads(threads)  # a builder and an embedder have one
     if options.embed:
         from supmer_ray.benchmark.data import measure_embedding
 
         report["embedding"] = measure_embedding(_store(options), options.device, print)
+        torch.set_num_threads(threads)
     if options.prepare:
         from supmer_ray.benchmark.data import measure_prepare
 
@@ -104,7 +109,12 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _steps(options: argparse.Namespace) -> list[dict[str, Any]]:
-    precisions = options.precision or (["bfloat16"] if options.device.startswith("cuda") else ["float32", "bfloat16"])
+    if not (options.no_baseline or options.store) and max(options.lengths) > options.max_length:
+        raise UserError(
+            f"The baseline pads to {options.max_length} tokens, fewer than --lengths {max(options.lengths)}; raise "
+            "--max-length, or leave the baseline out with --no-baseline."
+        )
+    precisions = options.precision or _precisions(options.device)
     rows = []
     for size in options.size:
         settings = StepSettings(
@@ -133,6 +143,18 @@ def _steps(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _precisions(device: str) -> list[str]:
+    """What our step is timed in unless that is said: half precision on a GPU; on a CPU also where it is faster."""
+    if device.startswith("cuda"):
+        return ["bfloat16"]
+    cpu, one = torch.device("cpu"), torch.randn(512, 512)
+    half = one.bfloat16()
+    if min(timed(lambda: half @ half, cpu) for _ in range(3)) < min(timed(lambda: one @ one, cpu) for _ in range(3)):
+        return ["float32", "bfloat16"]
+    print("bfloat16 is left out: this processor is slower in it; --precision bfloat16 asks for it.", file=sys.stderr)
+    return ["float32"]
+
+
 def print_steps(rows: list[dict[str, Any]]) -> None:
     print(f"{'size':9} {'length':>9} {'step':>17} {'median s':>9} {'× base':>7} {'tasks/s':>8} {'tokens/s':>9} "
           f"{'GFLOP/s':>8} {'of peak':>8} {'MiB':>6} {'Δ grad':>8}")  # fmt: skip
@@ -140,6 +162,7 @@ def print_steps(rows: list[dict[str, Any]]) -> None:
         for name, one in row["variants"].items():
             difference = f"{one['gradient_difference']:.1e}" if one["gradient_difference"] is not None else "–"
             speedup = f"{one['speedup']:.2f}" if one["speedup"] else "–"
+            name += " checkp." if row["checkpointing"] else ""
             print(
                 f"{row['size']:9} {row['lengths']:>9} {name:>17} {one['seconds']:9.3f} {speedup:>7} "
                 f"{one['tasks_per_second']:8.2f} {one['tokens_per_second']:9,.0f} "

@@ -114,7 +114,8 @@ def measure_prepare(sizes: Sequence[int], say: Callable[[str], None]) -> list[di
     connect()
     rows = []
     for documents in sizes:
-        config = PrepareConfig(sources=("bbc",), domains=8, max_documents=documents)
+        # One actor whatever the size: of several, a small text would start fewer than a large one.
+        config = PrepareConfig(sources=("bbc",), domains=8, max_documents=documents, embedders=1)
         with tempfile.TemporaryDirectory() as folder, peak_memory_of_all() as peak:
             started = time.perf_counter()
             manifest = prepare(config, Path(folder) / "store")

@@ -60,7 +60,7 @@ def measure_fewshot(device: str, repeats: int, say: Callable[[str], None]) -> di
     the longest that these runs allow, and to what the published code pads to. On a CPU, seconds of its cores count
     beside those of the clock: other load changes them little.
     """
-    ours, padded, published = (load_backbone("embedded", device=device) for _ in range(3))
+    ours, padded, published = (load_backbone("embedded", device=device, dtype=torch.float32) for _ in range(3))
     padded.forward = PaddedForward(padded.model, PROMPT + CONFIG.max_length)
     published.forward = PaddedForward(published.model, PROMPT + REFERENCE)
     half = load_backbone("embedded", device=device, dtype=torch.bfloat16)

@@ -50,7 +50,7 @@ def measure_gpu(
             failed.append(f"{name}: {type(error).__name__}: {error}")
             say(failed[-1])
         else:
-            steps.append({**row, "checkpointing": settings.checkpointing})
+            steps.append(row)
         keep(found)
         gc.collect()
         torch.cuda.empty_cache()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,9 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         found[0] = torch.cuda.max_memory_allocated() - before
         return
     gc.collect()
+    with suppress(OSError, AttributeError):  # where the C library is another than glibc
+        # What was freed before the block is given back; kept, it would be the block's without being counted.
+        ctypes.CDLL(None).malloc_trim(0)
     before = _resident()
     with _highest(lambda: _resident() - before, seconds=0.005) as found:
         yield found
@@ -43,7 +48,11 @@ def peak_memory_of_all() -> Iterator[list[int]]:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    with suppress(FileNotFoundError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import psutil  # where there is no /proc
+
+    return psutil.Process().memory_info().rss
 
 
 @contextmanager

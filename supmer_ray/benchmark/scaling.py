@@ -28,10 +28,12 @@ def measure_scaling(size: str, length: int, options: argparse.Namespace, say: Ca
         raise UserError(
             f"--scaling shares {options.tasks} tasks between two workers; write --tasks {options.tasks + 1}."
         )
-    cores = torch.get_num_threads()
+    cores = torch.get_num_threads() // 2 * 2  # each of two workers has half of them
     gpus = options.device.startswith("cuda") and torch.cuda.device_count() >= 2
     if options.device.startswith("cuda") and not gpus:
         say(f"{size}: one GPU here, so one and two workers are measured on its CPU")
+    if not (gpus or cores):
+        raise UserError("--scaling shares the CPU's threads between two workers and has one; give it --threads 2.")
     found = {}
     for workers in (1, 2):
         with socket.socket() as probe:

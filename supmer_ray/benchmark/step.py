@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,18 +88,24 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
         if settings.compiled and device.type == "cpu":
             variants[f"{precision} compiled"] = _summed(step, prompt, rates, batch, mixing, compiled=True)
 
-    gradients = {name: run().float() for name, run in variants.items()}  # and the warm-up
-    # Half precision is held against float32 arithmetic on the same weights: what they lost in rounding is the model's.
+    gradients = {name: run() for name, run in variants.items()}  # and the warm-up
+    # On a CPU each is held against float64 on the same weights: what they lost in rounding is the model's. On a GPU,
+    # where that would take longest of all, half precision is held against float32 and float32 against the baseline.
     references: dict[str, torch.Tensor] = {}
     if settings.baseline:
-        references = dict.fromkeys(variants, gradients["baseline"])
-        if "bfloat16" in owns:
-            rounded = Backbone(random_backbone(settings.size, device, torch.bfloat16).model.float(), None, "rounded")
-            rounded.pad = plain.pad
-            step = MetaStep(rounded, regularizer, token_budget=settings.token_budget)
-            exact = step(prompt, rates, batch, mixing).prompt
-            references |= {name: exact for name in variants if name.startswith("bfloat16")}
-            del rounded, step
+        exact = torch.float64 if device.type == "cpu" else torch.float32
+        wide = copy.deepcopy(regularizer).to(exact)
+        for kept in (torch.float32, torch.bfloat16):
+            names = [name for name in variants if name.startswith("bfloat16") == (kept == torch.bfloat16)]
+            if exact == kept:
+                references |= dict.fromkeys(names, gradients["baseline"])
+            elif names:
+                own = Backbone(random_backbone(settings.size, device, kept).model.to(exact), None, "exact")
+                own.pad = plain.pad
+                step = MetaStep(own, wide, token_budget=settings.token_budget)
+                found = step(prompt.to(exact), rates.to(exact), batch, mixing).prompt
+                references |= dict.fromkeys(names, found)
+                del own, step
     series = {name: Series() for name in variants}
     peaks: list[float] = []
     for round_ in range(settings.repeats):
@@ -126,6 +133,7 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
     return {
         "size": settings.size,
         "lengths": lengths.name,
+        "checkpointing": settings.checkpointing,
         "mean_length": float(np.mean([e.lengths.mean() for e in (batch.support, batch.query, batch.partner)])),
         "model_flops": flops,
         "tokens": tokens,
@@ -137,7 +145,7 @@ def measure_step(settings: StepSettings, lengths: Lengths, say: Callable[[str], 
 
 
 def _difference(found: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((found - reference).norm() / reference.norm())
+    return float((found.to(reference.dtype) - reference).norm() / reference.norm())
 
 
 def _summed(step: MetaStep, *arguments: Any, compiled: bool) -> Callable[[], torch.Tensor]:

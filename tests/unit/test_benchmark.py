@@ -6,10 +6,28 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from supmer_ray.benchmark.__main__ import main
 from supmer_ray.benchmark.workload import SIZES, Lengths, step_flops, task_batch
 
-SMALL = ["--prompt", "4", "--tasks", "1", "--support", "4", "--query", "4", "--max-length", "24", "--repeats", "1"]
+SMALL = [
+    "--precision",
+    "float32",
+    "bfloat16",
+    "--prompt",
+    "4",
+    "--tasks",
+    "1",
+    "--support",
+    "4",
+    "--query",
+    "4",
+    "--max-length",
+    "24",
+    "--repeats",
+    "1",
+]
 
 
 def test_a_gpu_machine_needs_torch_and_transformers_only():
@@ -33,8 +51,30 @@ def test_the_step_is_timed_beside_the_baseline_without_ray(tmp_path):
     [row] = json.loads(out.read_text())["steps"]
     assert row["variants"].keys() == {"baseline", "float32", "bfloat16"}
     assert row["variants"]["float32"]["gradient_difference"] < 1e-4
+    assert row["variants"]["baseline"]["peak_memory_bytes"] > row["variants"]["float32"]["peak_memory_bytes"] > 2**20
     assert row["variants"]["bfloat16"]["gradient_difference"] < 3e-2
     assert "float32" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--lengths", "20", "450"], "The baseline pads to 412 tokens, fewer than --lengths 450; raise"),
+        (["--repeats", "0"], "A measurement needs at least one round"),
+        (["--scaling", "--threads", "1", "--tasks", "2"], "and has one; give it --threads 2."),
+        (["--scaling", "--tasks", "3"], "shares 3 tasks between two workers; write --tasks 4."),
+        (["--data"], "needs a prepared store; name one with --store."),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(monkeypatch, capsys, options, sentence):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+    threads = torch.get_num_threads()
+    try:
+        assert main() == 2
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().err
+    assert sentence in said and said.startswith("benchmark: ") and said.count("\n") == 1
 
 
 def test_operations_are_counted_as_a_layer_is_made():
