@@ -226,7 +226,9 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
                 f"Mean difference to {baseline} on the same draws, with its 95 % bootstrap interval over seeds.{at}",
             )
         if curve:
-            caption = f"{curve['description']} Mean over the tasks, whiskers: standard deviation over seeds."
+            caption = (
+                f"{curve['description']} Mean over the tasks, whiskers: standard deviation of that mean over seeds."
+            )
             section.draw("curves", figures.curves(rows, curve["key"], curve["values"]), caption)
         section.draw(
             "accuracies",

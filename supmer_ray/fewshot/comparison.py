@@ -126,7 +126,8 @@ def markdown(rows: pd.DataFrame, baseline: str, title: str, note: str) -> str:
         own = own.assign(column=[pair_name(train, test) for train, test in own[["train", "test"]].to_numpy()])
         cells = own.set_index(["method", "column"])
         methods = list(dict.fromkeys(own["method"]))
-        parts.append(f"Test accuracy in per cent, mean ± standard deviation over {seeds} data seeds:")
+        of_all = f" ({AVERAGE}: the mean of the tasks' standard deviations)" if AVERAGE in columns else ""
+        parts.append(f"Test accuracy in per cent, mean ± standard deviation over {seeds} data seeds{of_all}:")
         parts.append(
             _table(
                 ["method", *columns],
