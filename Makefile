@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX))
 
-.PHONY: quickstart benchmark test test-faults lint clean
+.PHONY: quickstart benchmark test coverage test-faults lint clean
+
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --max-worker-restart=0 --maxfail=8 --durations=25
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("$(PYTHON) is Python %d.%d, \
@@ -31,7 +33,11 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --max-worker-restart=0 --maxfail=8 --cov --cov-report=term --durations=25
+	$(PYTEST)
+
+# Which lines the tests run through, which makes those that compute much take twice as long.
+coverage: $(VENV)/installed
+	$(PYTEST) --cov --cov-report=term
 
 # Kills, full disks, nodes that leave, long sweeps, and the loggers that are extras: half an hour on two cores.
 test-faults: $(VENV)/installed

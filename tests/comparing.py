@@ -17,6 +17,7 @@ META = {
     "tasks": {"tasks_per_step": 2, "support": 6, "query": 6, "max_length": 120, "mixture": {"scsp": 1}},
     "meta": {"steps": 2, "prompt_rate": 0.3},
     "schedule": {"validate_every": 2, "checkpoint_every": 2, "validation_tasks": 1},
+    "workers": {"cpus": 0.5},  # and as much for its builder: two such are on two CPUs
 }
 ADAPT = {"shots": 4, "steps": 3, "batch": 8, "evaluate_every": 3, "max_length": 60, "max_test": 40}
 
@@ -60,15 +61,15 @@ def plan(tasks, tiny_t5, tiny_store):
     return make
 
 
-METHODS = ["prompt-tuning", "supmer", "zero-shot", "linear-probe", "ft"]
-"""One of each way to learn."""
+METHODS = ["prompt-tuning", "supmer", "ppt", "zero-shot", "linear-probe", "ft"]
+"""One of each way to learn, and a second one that is meta-trained."""
 
 
 @pytest.fixture(scope="session")
 def compared(ray_cluster, plan, tmp_path_factory):
-    """The folder of a finished evaluation of `METHODS`, and its rows."""
-    out = tmp_path_factory.mktemp("compared") / "out"
-    return out, evaluate(plan(METHODS), out)
+    """The folder of a finished evaluation of `METHODS`, its rows, and what it said on the way."""
+    out, said = tmp_path_factory.mktemp("compared") / "out", []
+    return out, evaluate(plan(METHODS), out, progress=lambda *what, **_: said.append(what)), said
 
 
 @pytest.fixture(scope="session")

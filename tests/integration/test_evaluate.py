@@ -22,7 +22,7 @@ from supmer_ray.model.backbone import load_backbone
 
 def test_every_way_to_learn_and_a_resumed_evaluation_agree(compared, plan, tmp_path):
     """One row a method, task and seed; resuming computes what is missing and touches nothing else."""
-    methods, (out, rows) = METHODS, compared
+    methods, (out, rows, _) = METHODS, compared
     assert list(rows["method"].unique()) == methods
     assert len(rows) == len(methods) * 2 * 3
     assert rows.groupby(["method", "train", "test"])["seed"].apply(list).map(lambda seeds: seeds == [0, 1]).all()
@@ -105,11 +105,9 @@ def test_an_evaluation_says_that_its_meta_training_lost_a_worker(plan, tmp_path)
     assert note.startswith("supmer: Worker 0 failed (") and "restart 1 of at most" in note
 
 
-def test_methods_are_meta_trained_at_once_where_they_fit(plan, tmp_path):
-    said = []
-    run = META | {"workers": {"cpus": 0.5}}  # and as much for its builder: two such are on two CPUs
-    evaluate(plan(["supmer", "ppt"], run=run), tmp_path / "out", progress=lambda *what, **_: said.append(what))
-    runs = [tmp_path / "out" / "runs" / name for name in ("supmer", "ppt")]
+def test_methods_are_meta_trained_at_once_where_they_fit(compared):
+    out, _, said = compared
+    runs = [out / "runs" / name for name in ("supmer", "ppt")]
     begun = [rows_of(run / "metrics.jsonl", "start")[0]["reached"]["worker"] for run in runs]
     ended = [(run / "checkpoint" / "config.json").stat().st_mtime for run in runs]
     assert max(begun) < min(ended)

@@ -87,7 +87,8 @@ def test_a_support_batch_that_is_not_a_number_is_skipped_counted_and_reported(un
         assert (after["prompt_norm"] == row["prompt_norm"]) == (row["step"] in skipped), row["step"]
 
 
-def test_too_many_such_steps_in_a_row_end_the_run_with_a_sentence(undisturbed, tiny_store, tmp_path):
+@pytest.mark.slow
+def test_too_many_such_steps_in_a_row_end_the_run_with_a_sentence(tiny_store, tmp_path):
     settings = [*SETTINGS, "tasks.mixture={scc: 1}", "schedule.stop_after_bad_steps=3"]
     bad = with_bad_centroids(tiny_store, tmp_path / "bad", range(12))
     with pytest.raises(UserError, match="3 meta-steps in a row had a gradient that is not finite"):

@@ -87,7 +87,7 @@ def test_a_bucket_that_refuses_is_one_sentence(tiny_store, bucket, cache):
 
 
 def test_a_run_in_an_object_store_is_read_where_it_lies(compared, plan, bucket, tmp_path):
-    folder, rows = compared
+    folder, rows, _ = compared
     bucket.put(folder / "runs" / "supmer")
     checkpoint = Place(bucket.uri) / "checkpoint"
     alone = evaluate(plan(["supmer"], store=False, checkpoints={"supmer": checkpoint}), tmp_path / "given")

@@ -119,7 +119,7 @@ def test_the_page_asks_for_nothing_and_its_figures_stand_beside_it(page):
 
 
 def test_what_cannot_be_reported_is_refused(compared, page, tmp_path):
-    out, _ = compared
+    out, *_ = compared
     with pytest.raises(UserError, match=r"is neither a run .* nor an evaluation"):
         report([tmp_path], tmp_path / "out")
     with pytest.raises(UserError, match=r"already holds a run; choose another, or add --overwrite"):
