@@ -414,8 +414,7 @@ def _find_domains(
         chosen = np.sort(generator.choice(counts[name], min(config.kmeans_sample, counts[name]), replace=False))
         seed = int(generator.integers(2**31))
         portions = _portions(name, starts)
-        own = {portion.first: portion.chosen(chosen) for portion in portions}
-        points = [_sample.remote(one, documents, shared, own[one.first]) for one in portions if len(own[one.first])]
+        points = [_sample.remote(one, documents, shared, own) for one in portions if len(own := one.chosen(chosen))]
         kmeans = _fit.remote(config.domains, seed, *points)
         parts = {_assign.remote(one, documents, shared, kmeans): one.items for one in portions}
         assigning |= parts

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from supmer_ray.data.domains import assigned, fitted, sampled, sorted_under_domains
+from supmer_ray.data.prepare import _portions
+from supmer_ray.data.store import FAMILIES, count_items
 
 
 def blobs(count, directions=5, width=16, seed=0):
@@ -73,6 +75,20 @@ def test_same_seed_same_bits_however_the_items_arrive(family, size, portions):
     np.testing.assert_allclose(found.centroids, again.centroids, rtol=1e-6)
     other = cluster(vectors, rows, domains=5, sample=400, seed=8)
     assert not np.array_equal(found.items, other.items)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stretches", [1, 3, 100])
+def test_portions_hold_every_item_once(monkeypatch, family, stretches):
+    """In the middle of these documents stand a thousand of a single sentence: stretches without a pair."""
+    monkeypatch.setattr("supmer_ray.data.prepare.PORTION", stretches)
+    starts = np.cumsum([0, *[20] * 50, *[1] * 1200, *[7] * 90])
+    portions = _portions(family, starts)
+    assert [number for portion in portions for number in portion.stretches] == list(range(6))
+    count = count_items(family, starts)
+    assert sum(portion.items for portion in portions) == count
+    some = np.arange(0, count, 3)
+    assert np.concatenate([portion.chosen(some) + portion.first for portion in portions]).tolist() == some.tolist()
 
 
 def test_small_domains_keep_an_item_for_validation():
