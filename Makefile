@@ -39,7 +39,7 @@ test: lint
 coverage: $(VENV)/installed
 	$(PYTEST) --cov --cov-report=term
 
-# Kills, full disks, nodes that leave, long sweeps, and the loggers that are extras: half an hour on two cores.
+# Kills, full disks, nodes that leave, long sweeps, and the loggers that are extras: an hour on two cores.
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mlflow,wandb]"
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=2700
