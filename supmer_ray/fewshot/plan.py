@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
 TABLE, SUMMARY, GAPS = "table.md", "table.csv", "gaps.csv"
 CELLS, STORES, RUNS = "cells", "stores", "runs"
 """Files and folders of an evaluation."""
+
+TELLING = (
+    *(f"regularizer.{key}" for key in ("enabled", "gate", "two_sided")),
+    *(f"meta.{key}" for key in ("order", "inner_steps", "curriculum.enabled", "curriculum.b")),
+)
+"""Keys of a meta-training by which methods differ, whatever tasks they are trained on."""
 
 LONGEST_PART = 60
 """Characters of a label or name that stand in a file's name; the rest is told apart by a digest."""
@@ -254,10 +261,13 @@ class Plan:
                 "take one checkpoint for all; leave --checkpoint out."
             )
         made = build(RunConfig, read_sealed(given, "a checkpoint")["run"], str(given))
-        if method.run_config(made) != made:
+        wanted = {key: attrgetter(key)(config) for key in (*TELLING, *(method.meta or ()))}
+        other = {key: found for key, value in wanted.items() if (found := attrgetter(key)(made)) != value}
+        if other:
+            has, asked = (", ".join(f"{key}: {values[key]}" for key in other) for values in (other, wanted))
             raise UserError(
-                f"The checkpoint {given} was not meta-trained as method '{method.name}' says "
-                f"({', '.join(method.meta or ())}); name the one of such a run, or leave it out."
+                f"The checkpoint {given} was meta-trained with {has}, and method '{method.name}' stands for {asked}; "
+                "name the one of such a run, or leave it out."
             )
         length = made.prompt.length
         if length != config.prompt.length:
@@ -318,6 +328,9 @@ def require_same(out: Path, description: Mapping[str, Any]) -> None:
         raise UserError(f"{file} is damaged; start the evaluation anew with --overwrite.") from None
     for name, value in description.items():
         before = started.get(name)
+        if name == "tasks" and isinstance(before, dict):
+            pattern = description["config"]["pattern"]
+            before, value = _asked(before, pattern), _asked(value, pattern)
         if name == "config" and isinstance(before, dict):
             # The baseline shapes the tables only, so it may change.
             before = completed(EvaluateConfig, before, str(file)) | {"baseline": value["baseline"]}
@@ -325,6 +338,16 @@ def require_same(out: Path, description: Mapping[str, Any]) -> None:
             raise UserError(
                 f"The evaluation in {out} was started with another '{name}'; resume with the same, or start a new one."
             )
+
+
+def _asked(tasks: Mapping[str, Any], pattern: int) -> dict[str, Any]:
+    """Descriptions of tasks with the one pattern that is used: a task may be given further ones."""
+    used = {}
+    for name, task in tasks.items():
+        patterns = task["definition"]["patterns"]
+        own = {"patterns": patterns[min(pattern, len(patterns) - 1)]}
+        used[name] = {**task, "definition": {**task["definition"], **own}}
+    return used
 
 
 def task_name(task: str) -> str:

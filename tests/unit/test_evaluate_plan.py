@@ -4,6 +4,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -14,7 +15,7 @@ from ray.exceptions import RayTaskError
 
 from supmer_ray import embedded
 from supmer_ray.cluster import Resources
-from supmer_ray.config import EvaluateConfig, RunConfig
+from supmer_ray.config import EvaluateConfig
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _note, evaluate
 from supmer_ray.fewshot.method import Method, load_method
@@ -234,15 +235,45 @@ def test_a_checkpoint_is_of_the_method_that_it_is_given_for(own_task, tmp_path):
     ten = {"prompt": {"length": 10}}
     plan = make_plan(own_task(), methods=["supmer", "no-psi"], adapt={"shots": 1}, run=ten)
     plan = replace(plan, checkpoints={"supmer": embedded.LEARNED, "no-psi": embedded.LEARNED})
-    with pytest.raises(UserError, match=r"was not meta-trained as method 'no-psi' says \(regularizer\.enabled, "):
+    sentence = (
+        r"with regularizer\.enabled: True, and method 'no-psi' stands for regularizer\.enabled: False; name the one"
+    )
+    with pytest.raises(UserError, match=sentence):
         evaluate(plan, tmp_path / "out")
 
 
-def test_a_checkpoint_of_one_method_passes_for_no_other():
-    names = ("supmer", "ppt", "metapt", "no-psi", "no-gate", "no-mixup", "no-curriculum", "two-sided")
-    trained = {name: load_method(name).run_config(RunConfig()) for name in names}
-    for name, made in trained.items():
-        assert [other for other in names if load_method(other).run_config(made) == made] == [name]
+def test_a_checkpoint_of_one_method_passes_for_no_other(own_task, tmp_path, monkeypatch):
+    """Whatever it was trained on: the mixture is the user's as well."""
+    names = ["supmer", "ppt", "metapt", "no-psi", "no-gate", "no-mixup", "no-curriculum", "second-order", "three-steps"]
+    names.append("two-sided")
+    base = make_plan(own_task(), methods=names, adapt={"shots": 1})
+    made = {name: {"run": load_method(name).run_config(base.config.run).model_dump(mode="json")} for name in names}
+    monkeypatch.setattr("supmer_ray.fewshot.plan.read_sealed", lambda place, what: made[Path(str(place)).name])
+    [point] = base.points()
+    for name in names:
+        given = replace(base, checkpoints=dict.fromkeys(names, tmp_path / name))
+        for method in base.methods:
+            if method.name == name:
+                given._check_origin(point, method)
+                continue
+            with pytest.raises(UserError, match="was meta-trained with"):
+                given._check_origin(point, method)
+
+
+def test_a_task_that_was_given_more_patterns_is_resumed(own_task, tmp_path):
+    """Those that are not used are none of the evaluation's."""
+    plan = make_plan(own_task(), adapt={"shots": 1}, pattern=1)
+    (tmp_path / DESCRIPTION).write_text(json.dumps(plan.description(plan.read_tasks())))
+    for patterns in (
+        ["{text} {mask}"],
+        ["{text} {mask}", "{text} {mask}"],
+        ["so {mask} {text}", "{text} {mask}", "{mask} {text}"],
+    ):
+        own_task(patterns=patterns)
+        require_same(tmp_path, plan.description(plan.read_tasks()))
+    own_task(patterns=["{text} {mask}", "{mask} {text}"])
+    with pytest.raises(UserError, match="was started with another 'tasks'"):
+        require_same(tmp_path, plan.description(plan.read_tasks()))
 
 
 def test_a_probe_wants_as_many_texts_in_both_tasks(own_task, tmp_path):
