@@ -2,8 +2,8 @@
 
 A family's embeddings are passed in portions, each twice and wherever the cluster has room: once for those of the
 sample that lie in it (`sampled`, then `fitted` on all of the sample), once to assign all (`assigned`). What the
-portions say flows together into a `Family` (`sorted_under_domains`). Memory holds the sample, or a few bytes an
-item. The paper has 250 domains; nine tenths of each train.
+portions say flows together into a `Family` (`sorted_under_domains`). Memory holds the sample, or, where a family is
+sorted, some 50 bytes an item. The paper has 250 domains; nine tenths of each train.
 """
 
 from __future__ import annotations
@@ -82,19 +82,21 @@ def sorted_under_domains(portions: Sequence[Assigned], generator: np.random.Gene
     straight into the encoder's input, where its length matters. A domain that got no item is dropped. Within a
     domain the items are shuffled; nine tenths train.
     """
-    rows = np.concatenate([portion.rows for portion in portions])
-    used, labels = np.unique(np.concatenate([portion.labels for portion in portions]), return_inverse=True)
-    sizes = np.bincount(labels)
     sums = portions[0].sums.copy()
     for portion in portions[1:]:  # one after the other: sums in another order would give other bits
         sums += portion.sums
-    shuffled = generator.permutation(len(rows))
-    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    labels = np.concatenate([portion.labels for portion in portions])
+    sizes = np.bincount(labels, minlength=len(sums))
+    used = np.flatnonzero(sizes)
+    sizes = sizes[used]
+    order = generator.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    del labels
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     validation = np.where(sizes >= 2, np.maximum(sizes // 10, 1), 0)
     return Family(
         centroids=(sums[used] / sizes[:, None]).astype(np.float32),
-        items=rows[order],
+        items=np.concatenate([portion.rows for portion in portions])[order],
         starts=starts,
         train_ends=starts[1:] - validation,
         keywords=np.zeros((len(used), 0), np.int32),

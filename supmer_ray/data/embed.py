@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -151,7 +153,11 @@ class Stretch:
 
 
 class Vectors:
-    """The files of vectors that the nodes share, two for each stretch."""
+    """The files of vectors that the nodes share, two for each stretch.
+
+    Raises:
+        UserError: from what reads or writes: this node does not see the folder, or the object store refuses.
+    """
 
     def __init__(self, folder: Place) -> None:
         self.folder = folder
@@ -169,33 +175,34 @@ class Vectors:
         return self._read(f"pairs-{stretch:08d}.npy")
 
     def write(self, stretch: int, sentences: np.ndarray, pairs: np.ndarray) -> None:
-        """Write both files of a stretch.
-
-        Raises:
-            UserError: the folder is not seen from this node, or the object store does not take them.
-        """
+        """Write both files of a stretch."""
         filesystem, path = self._opened
         for name, vectors in (("sentences", sentences), ("pairs", pairs)):
-            try:
-                with filesystem.open_output_stream(f"{path}/{name}-{stretch:08d}.npy") as stream:
-                    np.save(stream, vectors, allow_pickle=False)
-            except FileNotFoundError:
-                raise UserError(
-                    f"The node {socket.gethostname()} does not see {self.folder.parent}, where the store is to be; "
-                    "name an output that every node of the cluster sees."
-                ) from None
-            except OSError as error:
-                if not self.folder.remote:
-                    raise
-                raise UserError(
-                    f"The node {socket.gethostname()} cannot write to {self.folder.parent} ({first_line(error)}); "
-                    "check the address and the keys."
-                ) from None
+            with self._told("write to"), filesystem.open_output_stream(f"{path}/{name}-{stretch:08d}.npy") as stream:
+                np.save(stream, vectors, allow_pickle=False)
 
     def _read(self, name: str) -> np.ndarray:
         filesystem, path = self._opened
-        with filesystem.open_input_file(f"{path}/{name}") as stream:
+        with self._told("read from"), filesystem.open_input_file(f"{path}/{name}") as stream:
             return np.load(BytesIO(stream.read()), allow_pickle=False)
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """What fails for the folder's sake, as a sentence."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise UserError(
+                f"The node {socket.gethostname()} does not see {self.folder.parent}, where the store is to be; "
+                "name an output that every node of the cluster sees."
+            ) from None
+        except OSError as error:
+            if not self.folder.remote:
+                raise
+            raise UserError(
+                f"The node {socket.gethostname()} cannot {what} {self.folder.parent} ({first_line(error)}); "
+                "check the address and the keys."
+            ) from None
 
 
 class Embedder:

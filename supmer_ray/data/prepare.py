@@ -68,6 +68,9 @@ BLOCK_BYTES = 4 * 2**20
 PORTION = 256
 """Stretches of vectors that one task sorts into domains: some seconds of work."""
 
+AT_ONCE = 64
+"""Portions that are asked after together: asking after each in turn would hand over all of them each time."""
+
 MOST_LOSSES = 3
 """How often embedding actors may be lost over the same work; over their start, so often for each of them."""
 
@@ -405,8 +408,7 @@ def _find_domains(
 ) -> dict[str, Family]:
     """Cluster each family, portion by portion wherever the cluster has room; the domains have no words yet."""
     documents = ray.put(np.array(starts))
-    families = {name: empty_family(d_model) for name in FAMILIES}
-    assigning, sorting = dict[Any, int](), dict[Any, str]()
+    counting, sorting = list[Any](), dict[str, Any]()
     for number, name in enumerate(FAMILIES):
         if not counts[name]:
             continue
@@ -416,16 +418,24 @@ def _find_domains(
         portions = _portions(name, starts)
         points = [_sample.remote(one, documents, shared, own) for one in portions if len(own := one.chosen(chosen))]
         kmeans = _fit.remote(config.domains, seed, *points)
-        parts = {_assign.remote(one, documents, shared, kmeans): one.items for one in portions}
-        assigning |= parts
-        sorting[_sort.remote(generator, *parts)] = name
-    done, total = 0, sum(assigning.values())
+        found: list[Any] = [_assign.remote(one, documents, shared, kmeans) for one in portions]
+        counting += [count for count, _ in found]
+        sorting[name] = _sort.remote(generator, *(part for _, part in found))
+    done, total = 0, sum(counts.values())
     tell("Finding domains", done, total, "items")
-    while assigning:
-        (ready,), _ = ray.wait(list(assigning), num_returns=1, fetch_local=False)
-        done += assigning.pop(ready)
-        tell("Finding domains", done, total, "items")
-    return families | {name: _get(reference) for reference, name in sorting.items()}
+    try:
+        while counting:
+            ready, counting = ray.wait(counting, num_returns=min(AT_ONCE, len(counting)), timeout=1)
+            for count in ready:
+                done += _get(count)
+                tell("Finding domains", done, total, "items")
+        families = {name: empty_family(d_model) for name in FAMILIES}
+        return families | {name: _get(family) for name, family in sorting.items()}
+    except BaseException:
+        # What one portion refuses ends all: nothing waits for the others, and they would hold CPUs.
+        for reference in (*counting, *sorting.values()):
+            ray.cancel(reference)
+        raise
 
 
 @ray.remote(num_cpus=1)
@@ -438,9 +448,10 @@ def _fit(domains: int, seed: int, *points: np.ndarray) -> Any:
     return fitted(points, domains, seed)
 
 
-@ray.remote(num_cpus=1)
-def _assign(portion: Portion, starts: np.ndarray, shared: Place, kmeans: Any) -> Assigned:
-    return assigned(portion.read(starts, shared), kmeans)
+@ray.remote(num_cpus=1, num_returns=2)
+def _assign(portion: Portion, starts: np.ndarray, shared: Place, kmeans: Any) -> tuple[int, Assigned]:
+    """How many items it has, for who follows the work, and their domains, for who sorts them."""
+    return portion.items, assigned(portion.read(starts, shared), kmeans)
 
 
 @ray.remote(num_cpus=1)

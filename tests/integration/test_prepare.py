@@ -12,7 +12,7 @@ from supmer_ray.data import prepare as module
 from supmer_ray.data.embed import Embedder, Vectors, mean_pooled
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.sentences import split
-from supmer_ray.data.store import FAMILIES, Store
+from supmer_ray.data.store import FAMILIES, Store, count_items
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place
 from supmer_ray.model.backbone import load_backbone
@@ -169,6 +169,24 @@ def test_a_node_that_does_not_see_the_backbone_says_so(ray_cluster, tmp_path):
     embedder = ray.remote(Embedder).remote(Place.of(tmp_path), str(tmp_path / "no"), False)
     with pytest.raises(UserError, match=rf"^Cannot load the backbone '{tmp_path}/no' \(.+\); name a folder with "):
         module._get(embedder.load.remote())
+
+
+def test_what_one_portion_refuses_ends_the_search_for_domains(prepared, tmp_path, monkeypatch):
+    """The vectors of the first stretch are there, of which k-means has all of its sample, and the others are not."""
+    monkeypatch.setattr(module, "PORTION", 1)
+    vectors = Vectors(Place.of(tmp_path / "shared"))
+    (tmp_path / "shared").mkdir()
+    many = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float16)
+    vectors.write(0, many, many[:511])
+    config = prepared[1].model_copy(update={"domains": 2, "kmeans_sample": 100})
+    monkeypatch.setattr(module.Portion, "chosen", lambda one, items: np.arange(100 if one.first == 0 else 0))
+    starts = np.array([0, 512 * 40])
+    counts = {name: count_items(name, starts) if name == "ss" else 0 for name in FAMILIES}
+    said = []
+    with pytest.raises(UserError, match=rf"^The node \S+ does not see {tmp_path}, where the store is to be"):
+        module._find_domains(config, starts, vectors.folder, counts, 8, lambda *what: said.append(what))
+    assert all(done <= 512 for _, done, *_ in said)
+    assert_all_is_free()
 
 
 def test_everything_is_given_back(prepared):
