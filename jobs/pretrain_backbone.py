@@ -26,8 +26,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoint, weights and card")
     for field in fields(PretrainConfig):
-        kind = float if isinstance(field.default, float) else int
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+        kind = int if field.default is None else type(field.default)
+        choices = ("bfloat16", "float32") if field.name == "precision" else None
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, choices=choices)
     options = vars(parser.parse_args())
     output = options.pop("output")
     command = shlex.join(["python", "jobs/pretrain_backbone.py", *sys.argv[1:]])
