@@ -27,10 +27,6 @@ from transformers import (
 
 from supmer_ray.registry import fetch
 
-DECODER_LAYERS = 2
-TUNED_LAYERS = 3
-"""The encoder's last layers, which are trained with the decoder; what lies below stays as it was fetched."""
-
 DECODER_POSITIONS = 16
 """Longest decoder input; an answer takes three positions and a few more where a word has several pieces."""
 
@@ -48,8 +44,9 @@ def assemble(weights: Path, folder: Path) -> None:
         UserError: the encoder's archive cannot be fetched.
     """
     encoder, tokenizer = load_encoder()
-    model = new_model(encoder, tokenizer)
-    load_own(model, load_file(weights))
+    state = load_file(weights)
+    model = new_model(encoder, tokenizer, _decoder_layers(state))
+    load_own(model, state)
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".embedded-"))
     try:
@@ -83,9 +80,9 @@ def load_encoder() -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def new_model(encoder: Any, tokenizer: Any) -> Any:
-    """The `EncoderDecoderModel` of `encoder` and an untrained decoder."""
-    decoder = _new_decoder(encoder)
+def new_model(encoder: Any, tokenizer: Any, decoder_layers: int) -> Any:
+    """The `EncoderDecoderModel` of `encoder` and an untrained decoder of as many layers at most."""
+    decoder = _new_decoder(encoder, decoder_layers)
     config = EncoderDecoderConfig.from_encoder_decoder_configs(
         encoder.config,
         decoder.config,
@@ -97,12 +94,12 @@ def new_model(encoder: Any, tokenizer: Any) -> Any:
     return EncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
 
 
-def _new_decoder(encoder: Any) -> Any:
+def _new_decoder(encoder: Any, layers: int) -> Any:
     """An untrained `BertLMHeadModel` for `encoder`; its layers, cross-attention too, start from the encoder's last."""
     config = BertConfig(
         **{key: getattr(encoder.config, key) for key in ("vocab_size", "hidden_size", "num_attention_heads")},
         intermediate_size=encoder.config.intermediate_size,
-        num_hidden_layers=DECODER_LAYERS,
+        num_hidden_layers=layers,
         max_position_embeddings=DECODER_POSITIONS,
         is_decoder=True,
         add_cross_attention=True,
@@ -114,7 +111,7 @@ def _new_decoder(encoder: Any) -> Any:
         positions = encoder.embeddings.position_embeddings.weight[:DECODER_POSITIONS]
         decoder.bert.embeddings.position_embeddings.weight.copy_(positions)
         decoder.bert.embeddings.LayerNorm.load_state_dict(encoder.embeddings.LayerNorm.state_dict())
-        for layer, source in zip(decoder.bert.encoder.layer, encoder.encoder.layer[-DECODER_LAYERS:], strict=True):
+        for layer, source in zip(decoder.bert.encoder.layer, encoder.encoder.layer[-layers:], strict=True):
             layer.attention.load_state_dict(source.attention.state_dict())
             layer.crossattention.load_state_dict(source.attention.state_dict())
             layer.intermediate.load_state_dict(source.intermediate.state_dict())
@@ -122,26 +119,32 @@ def _new_decoder(encoder: Any) -> Any:
     return decoder
 
 
-def own_parameters(model: Any) -> dict[str, Tensor]:
-    """What of the model is not the fetched encoder's: its tuned layers, and the decoder but for the word embeddings."""
-    tuned = tuple(f"encoder.encoder.layer.{number}." for number in tuned_layers(model))
+def own_parameters(model: Any, tuned: int) -> dict[str, Tensor]:
+    """What of the model is not the fetched encoder's: its last `tuned` layers, and `decoder_parameters`."""
+    layers = len(model.encoder.encoder.layer)
+    names = tuple(f"encoder.encoder.layer.{number}." for number in range(layers - tuned, layers))
+    upper = {name: value for name, value in model.named_parameters() if name.startswith(names)}
+    return {**upper, **decoder_parameters(model)}
+
+
+def decoder_parameters(model: Any) -> dict[str, Tensor]:
+    """The decoder's, but for its word embeddings, which are the encoder's."""
     return {
         name: value
         for name, value in model.named_parameters()
-        if name.startswith(tuned) or (name.startswith("decoder.") and not name.endswith("word_embeddings.weight"))
+        if name.startswith("decoder.") and not name.endswith("word_embeddings.weight")
     }
 
 
-def tuned_layers(model: Any) -> range:
-    """Numbers of the encoder's layers that are tuned."""
-    layers = len(model.encoder.encoder.layer)
-    return range(layers - TUNED_LAYERS, layers)
-
-
 def load_own(model: Any, state: dict[str, Tensor]) -> None:
-    """Set what `own_parameters` gives, in any float precision."""
-    parameters = own_parameters(model)
-    assert state.keys() == parameters.keys(), "the weights do not fit this version of the backbone"
+    """Set what `own_parameters` gave, in any float precision."""
+    parameters = dict(model.named_parameters())
+    assert decoder_parameters(model).keys() <= state.keys() <= parameters.keys(), "the weights are not of this model"
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].copy_(value)
+
+
+def _decoder_layers(state: dict[str, Tensor]) -> int:
+    """Layers of the decoder that `state` holds."""
+    return len({name.split(".")[4] for name in state if name.startswith("decoder.bert.encoder.layer.")})

