@@ -23,7 +23,7 @@ from supmer_ray.config import (
     whole_name,
 )
 from supmer_ray.errors import Stopped, UserError, require_new_folder
-from supmer_ray.files import Place, read_sealed, require_new_place, without_keys
+from supmer_ray.files import Place, read_sealed, require_new_place, require_outside, without_keys
 from supmer_ray.reading import build, override
 
 app = typer.Typer(
@@ -118,6 +118,7 @@ def train(
 ) -> None:
     """Meta-train a soft prompt and a gradient regularizer on a prepared store."""
     require_new_place(Place.of(out), overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["train"])
+    _spare([config], out, overwrite)
     from supmer_ray.console import stage
     from supmer_ray.data.store import read_manifest
     from supmer_ray.train import train as run
@@ -141,6 +142,7 @@ def tune(
     """Search inner rates, task mixtures and other settings of meta-training."""
     sweep = load_sweep_config(config)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["tune"])
+    _spare([config], out, overwrite)
     from supmer_ray.console import stage
     from supmer_ray.tune import tune as run
 
@@ -176,6 +178,7 @@ def adapt(
 ) -> None:
     """Adapt a prompt to a labelled task from K examples a class."""
     require_new_folder(out, overwrite=overwrite, marker=MARKERS["adapt"])
+    _spare([task], out, overwrite)
     if plain and checkpoint:
         raise UserError("--plain starts from vocabulary rows and --checkpoint from a learned prompt; give one of them.")
     name = "embedded"
@@ -277,6 +280,7 @@ def evaluate(
             raise UserError(f"--checkpoint names two for the method '{name}'; give one of them.")
         given[name] = Place.of(embedded.LEARNED if folder == "embedded" else folder)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=MARKERS["evaluate"])
+    _spare([config, suite, curve, *_names(methods)], out, overwrite)
     from supmer_ray.console import stage
     from supmer_ray.evaluate import evaluate as compare
     from supmer_ray.fewshot.method import load_method
@@ -388,6 +392,16 @@ def _given(flags: Mapping[str, tuple[str, Any]], assignments: Sequence[str] | No
         if value is not None and key in keys:
             raise UserError(f"{flag} and --set {key}=… give the same setting; keep one of the two.")
     return {key: value for key, value in flags.values() if value is not None}
+
+
+def _spare(given: Sequence[Path | str | None], out: Path | str, overwrite: bool) -> None:
+    """Refuse to replace an output that holds a file of settings which the command was given.
+
+    Raises:
+        UserError: one of those of `given` that are files lies within `out`.
+    """
+    if overwrite:
+        require_outside(Place.of(out), {"file": [Place.of(file) for file in given if file and Path(file).is_file()]})
 
 
 def _require_values(arguments: Sequence[str]) -> None:

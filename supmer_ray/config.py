@@ -430,6 +430,8 @@ class SweepConfig(Section):
         known = list(keys_at(RunConfig, sections))
         if last not in known:
             raise ValueError(f"unknown setting '{key}' in space; {nearest(last, known or keys_at(RunConfig, []))}")
+        if below := next(iter(keys_at(RunConfig, [*sections, last])), None):
+            raise ValueError(f"'{key}' is a section; search its keys, as in '{key}.{below}'")
         if key == "meta.steps" or not sections:
             raise ValueError(f"'{key}' is not searched: it must be the same for all trials that are compared")
         if (dimension.simplex is not None) != (key == "tasks.mixture") and not (

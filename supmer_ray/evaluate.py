@@ -14,6 +14,7 @@ its tasks could be encoded, so that a mistake is told at once and leaves nothing
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -86,7 +87,8 @@ def evaluate(
         require_outside(Place.of(out), plan.inputs(rows))
     description = plan.description(rows)
     if resume:
-        require_same(out, description)
+        # What was settled when it was started stands on: the precision.
+        description = {**require_same(out, description), **description}
     plan.check(rows)
     require_sources(plan, out, anew=overwrite)
     if overwrite or not all(_cell_file(out, cell).is_file() for cell in plan.cells()):
@@ -149,6 +151,7 @@ def _run_cells(
         return
     resources = connect()
     share = plan.config.gpu_share if resources.gpus >= 1 else 0.0
+    precision = plan.config.precision or _settled_precision(out, "bfloat16" if share else "float32")
     # Few cells on many cores: each gets several threads, but with a GPU one, as its node may have few.
     threads = 1 if share else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
     remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=share)
@@ -157,7 +160,8 @@ def _run_cells(
     def start(cell: Cell) -> Future[_Rows]:
         origin = checkpoints.get((cell.point.run_variant, cell.method.name))
         targets = [tasks[name] for name in cell.entry.targets]
-        return remote.remote(cell, tasks[cell.entry.train], plan.seeds, origin, threads, share, *targets).future()
+        source, own = tasks[cell.entry.train], cell.point.config.precision or precision
+        return remote.remote(cell, source, plan.seeds, origin, own, threads, share, *targets).future()
 
     failed = _in_turn(
         waiting,
@@ -176,6 +180,18 @@ def _run_cells(
             raise UserError(f"{cause} {so_far}")
         error.add_note(f"So ended the cell {cell.name}; {so_far}")
         raise error
+
+
+def _settled_precision(out: Path, first: Precision) -> Precision:
+    """What all cells are computed in that have no precision of their own: `first`, or what the first ones were.
+
+    A resumed evaluation may find other devices than it was started on, and its cells are compared with one another.
+    """
+    description = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
+    if "precision" not in description:
+        description["precision"] = first
+        write_json(out / DESCRIPTION, description)
+    return description["precision"]
 
 
 def _in_turn(
@@ -220,6 +236,7 @@ def _run_cell(
     source: TaskRows,
     seeds: int,
     checkpoint: Place | None,
+    precision: Precision,
     threads: int,
     gpu_share: float,
     *targets: TaskRows,
@@ -229,7 +246,7 @@ def _run_cell(
     from supmer_ray.meta.state import load_checkpoint
 
     config = cell.point.config
-    backbone = _backbone(config.backbone, config.precision, threads, gpu_share)
+    backbone = _backbone(config.backbone, precision, threads, gpu_share)
     outcomes = evaluate_method(
         backbone,
         cell.method,
@@ -247,14 +264,14 @@ def _run_cell(
 
 
 @lru_cache(maxsize=1)
-def _backbone(name: str, precision: Precision | None, threads: int, gpu_share: float) -> Backbone:
+def _backbone(name: str, precision: Precision, threads: int, gpu_share: float) -> Backbone:
     """The language model, loaded once in each worker process."""
     import torch
 
     from supmer_ray.model.backbone import load_backbone
 
     device = "cuda" if gpu_share and torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, precision) if precision else None
+    dtype = getattr(torch, precision)
     return load_backbone(name, device=device, dtype=dtype, threads=threads, gpu_share=gpu_share or 1.0)
 
 

@@ -237,7 +237,7 @@ def override(
         try:
             value = _parsed(text)
             for start, entries in (starts or {}).items():
-                if key.startswith(f"{start}.") and not _at(result, start):
+                if key.startswith(f"{start}.") and not at(result, start):
                     result = assign(result, start, entries)
             result = assign(result, key, value)
         except UserError as error:
@@ -249,7 +249,7 @@ def override(
     return result
 
 
-def _at(values: Mapping[str, Any], key: str) -> Any:
+def at(values: Mapping[str, Any], key: str) -> Any:
     """What stands at a dotted key, or None."""
     found: Any = values
     for part in key.split("."):

@@ -153,7 +153,7 @@ def _run(place: Place, prefix: str) -> _Section:
                 "prompt rows": str(config.prompt.length),
                 "time in steps": duration(seconds),
                 "waited for data": f"{100 * steps['data_wait_seconds'].sum() / max(seconds, 1e-9):.1f} %",
-                "tokens": f"{steps['tokens'].sum() * config.workers.count:,}",
+                "tokens": f"{steps['tokens'].sum():,}",
             }
         )
     )
@@ -179,6 +179,9 @@ def _run(place: Place, prefix: str) -> _Section:
         )
         try:
             opened = Store.open(store)
+            # Runs of earlier versions have no digest.
+            if settings.get("store_digest", opened.manifest.digest) != opened.manifest.digest:
+                raise UserError(f"The store {store} was made anew since the run was started.")
         except UserError as error:
             section.blocks.append(f"<p>The domains are not drawn. {html.escape(str(error))}</p>")
         else:

@@ -77,7 +77,8 @@ def train(
     Args:
         store: what `prepare` wrote, a folder or the URI of one.
         out: the run's folder, or the URI of one (`s3://…`); on a cluster every node must see it.
-        resume: go on from the last snapshot in `out`, under the configuration that stands there.
+        resume: go on from the last snapshot in `out`; how the run is laid out and watched may differ (`workers`,
+            `schedule`, `monitoring`), but for the number of validation tasks.
         overwrite: replace what `out` holds.
         stop: set from outside, it ends the run as a signal would; unset: SIGTERM and SIGINT do, in the main thread.
         at_a_time: how many such runs share the cluster.
@@ -306,12 +307,19 @@ def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) 
     except json.JSONDecodeError:
         raise UserError(f"{out}/{CONFIG_FILE} is damaged; start the run anew with --overwrite.") from None
     now = config.model_dump(mode="json")
-    for section, values in completed(RunConfig, started["config"], f"{out}/{CONFIG_FILE}").items():
+    before = completed(RunConfig, started["config"], f"{out}/{CONFIG_FILE}")
+    for section, values in before.items():
         if section not in ("workers", "schedule", "monitoring") and now[section] != values:
             raise UserError(
                 f"The run in {out} was started with other values under '{section}'; resume with the same "
                 "configuration, or start a new run."
             )
+    tasks = before["schedule"]["validation_tasks"]
+    if now["schedule"]["validation_tasks"] != tasks:
+        raise UserError(
+            f"The run in {out} was started with schedule.validation_tasks: {tasks}, and its validation losses are "
+            "compared with each other; resume with as many."
+        )
     if started["store"] != str(store):
         raise UserError(f"The run in {out} was started on the store {started['store']}; resume with that one.")
     # Runs of earlier versions have no digest.

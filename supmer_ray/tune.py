@@ -78,8 +78,8 @@ def tune(
         Stopped: SIGTERM or SIGINT came; `resume` goes on.
     """
     out, store = out.resolve(), Place.of(store).resolved
-    objective = make_objective(config.objective)
     opened = Outline.open(store)
+    objective = make_objective(config, opened.manifest.backbone.name)
     types = validation_types(config, opened)
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=SWEEP_FILE)
     settings = {
@@ -89,7 +89,7 @@ def tune(
     }
     started = _require_same_sweep(out, settings) if resume else {}
     if overwrite:
-        require_outside(Place(str(out)), {"store": [store]})
+        require_outside(Place(str(out)), {"store": [store], "file of the task": objective.files()})
     require_loggers(config.base.monitoring.loggers, Place(str(out)))
     with held(out, "a sweep"):
         resources = connect()

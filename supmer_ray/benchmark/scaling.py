@@ -87,15 +87,15 @@ def _worker(
         if gpus:
             torch.cuda.synchronize()
         computed = time.perf_counter()
-        reduce_sums(found, 0.0, (False, False))
+        reduce_sums(found, {"mixing": 0.0, "tokens": 0.0}, (False, False))
         if gpus:
             torch.cuda.synchronize()
         if round_:
             seconds.append(time.perf_counter() - started)
             reduces.append(time.perf_counter() - computed)
     if rank == 0:
-        # The inner rate, the figures of the tasks, and the four numbers that `reduce_sums` puts behind them.
-        floats = prompt.numel() + sum(p.numel() for p in regularizer.parameters()) + 1 + len(found.tasks) + 4
+        # The inner rate, the figures of the tasks, and the five numbers that `reduce_sums` puts behind them.
+        floats = prompt.numel() + sum(p.numel() for p in regularizer.parameters()) + 1 + len(found.tasks) + 5
         queue.put({"seconds": median(seconds), "reduce_seconds": median(reduces), "bytes": 4 * floats})
     torch.distributed.destroy_process_group()
     # A thread of gloo may still be dropping a tensor, for which it wants the GIL; if Python is being taken down

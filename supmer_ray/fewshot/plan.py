@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from supmer_ray import embedded
 from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig, RunConfig
 from supmer_ray.data.sources import place_of
 from supmer_ray.data.store import Outline, read_manifest
@@ -28,7 +28,7 @@ from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
 from supmer_ray.files import Place, Where, read_sealed, sha256, without_keys
-from supmer_ray.reading import build, completed
+from supmer_ray.reading import at, build, completed
 from supmer_ray.tasks.types import require_domains
 
 DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
@@ -261,8 +261,9 @@ class Plan:
                 "take one checkpoint for all; leave --checkpoint out."
             )
         made = build(RunConfig, read_sealed(given, "a checkpoint")["run"], str(given))
-        wanted = {key: attrgetter(key)(config) for key in (*TELLING, *(method.meta or ()))}
-        other = {key: found for key, value in wanted.items() if (found := attrgetter(key)(made)) != value}
+        has_of, asked_of = made.model_dump(mode="json"), config.model_dump(mode="json")
+        wanted = {key: at(asked_of, key) for key in (*TELLING, *(method.meta or ()))}
+        other = {key: found for key, value in wanted.items() if (found := at(has_of, key)) != value}
         if other:
             has, asked = (", ".join(f"{key}: {values[key]}" for key in other) for values in (other, wanted))
             raise UserError(
@@ -299,7 +300,9 @@ def _shown(value: Any) -> Any:
 
 
 def _file_digests(backbone: str) -> dict[str, str]:
-    """Digests of the files of a backbone in a folder of the user's, which may change; of others nothing."""
+    """Digests of what may change under a backbone's name: our weights, or files in a folder; of a hub's nothing."""
+    if backbone == "embedded":
+        return {embedded.WEIGHTS.name: sha256(embedded.WEIGHTS)}
     folder = Path(backbone)
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) if folder.is_dir() else []
     return {file.name: sha256(file) for file in files}
@@ -313,8 +316,11 @@ def _once(names: Sequence[str], what: str, advice: str = "give each a name of it
             raise UserError(f"Two {what} have the name '{name}'; {advice}.")
 
 
-def require_same(out: Path, description: Mapping[str, Any]) -> None:
+def require_same(out: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse to resume another evaluation than the one that is described.
+
+    Returns:
+        The description that `out` holds.
 
     Raises:
         UserError: `out` holds none, or one that differs in more than the baseline.
@@ -338,6 +344,7 @@ def require_same(out: Path, description: Mapping[str, Any]) -> None:
             raise UserError(
                 f"The evaluation in {out} was started with another '{name}'; resume with the same, or start a new one."
             )
+    return started
 
 
 def _asked(tasks: Mapping[str, Any], pattern: int) -> dict[str, Any]:
@@ -352,7 +359,7 @@ def _asked(tasks: Mapping[str, Any], pattern: int) -> dict[str, Any]:
 
 def task_name(task: str) -> str:
     """The name of a task's YAML without its folder and ending, or of a built-in task."""
-    return Path(task).stem if "/" in task else task
+    return Path(task).stem if builtin.own_file(task) else task
 
 
 def file_name(*parts: str) -> str:

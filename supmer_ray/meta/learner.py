@@ -71,7 +71,7 @@ class Learner:
         found = self.step(self.state.prompt, rates, batch, mixing)
         encoded = len(rates) * batch.support.lengths.sum() + batch.query.lengths.sum()
         encoded += batch.partner.lengths[mixing < 1].sum()  # at λ = 1 a query's partner is never read
-        mean, figures, flags = reduce_sums(found, float(lambdas.sum()), (stop, look))
+        mean, figures, flags = reduce_sums(found, {"mixing": lambdas.sum(), "tokens": encoded}, (stop, look))
         found.marks.append(self.step.mark())
         norms = self.state.gradient_norms(mean)
         figures |= {f"{name}_gradient_norm": norm for name, norm in norms.items()}
@@ -101,7 +101,7 @@ class Learner:
             **metrics,
             "running_similarity": progress.similarity,
             "skipped": progress.skipped,
-            "tokens": int(encoded),
+            "tokens": round(metrics["tokens"] * config.tasks.tasks_per_step),
             **{f"{phase}_seconds": value for phase, value in found.seconds().items()},
         }
 

@@ -217,7 +217,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         builder = TaskBuilder(store, formats, config.tasks, config.seed)
     _require_same_step(state.progress.step, host.device)
     types = plan.validation_types or config.tasks.types
-    with closing(Record(config, plan.out, state.progress.step, host.workers) if rank == 0 else NoRecord()) as record:
+    with closing(Record(config, plan.out, state.progress.step) if rank == 0 else NoRecord()) as record:
 
         def validate() -> dict[str, dict[str, float]]:
             found = learner.validate(builder, types)

@@ -87,15 +87,14 @@ class Record:
 
     Args:
         step: the one that the run goes on from.
-        workers: how many share its tasks.
     """
 
-    def __init__(self, config: RunConfig, out: Place, step: int, workers: int) -> None:
+    def __init__(self, config: RunConfig, out: Place, step: int) -> None:
         from supmer_ray.monitoring.series import RunSeries  # Ray, which those who read a run's rows can do without
 
         self._log = MetricsLog(out, step)
         self._loggers = open_loggers(config, out, step)
-        self._series = RunSeries(out.name, config.tasks.tasks_per_step, workers)
+        self._series = RunSeries(out.name, config.tasks.tasks_per_step)
 
     def write(self, row: dict[str, Any]) -> None:
         self._log.write(row)

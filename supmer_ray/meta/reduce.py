@@ -5,7 +5,7 @@ A worker's sums over its own tasks go in, the means over all tasks come out, ali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from supmer_ray.tasks.collate import to_device
 
 
 def reduce_sums(
-    found: MetaGradients, mixing_sum: float, flags: Sequence[bool] = ()
+    found: MetaGradients, own: Mapping[str, float], flags: Sequence[bool] = ()
 ) -> tuple[MetaGradients, dict[str, Tensor], Tensor]:
     """Mean gradients and mean per-task metrics over the tasks of all workers, by one all-reduce.
 
@@ -26,13 +26,13 @@ def reduce_sums(
 
     Args:
         found: this worker's sums.
-        mixing_sum: Σ over this worker's tasks of their λ.
+        own: what else is to be averaged over tasks: its name → the sum over this worker's.
         flags: what this worker has to say to all; each of the third result is above 0 if any worker's is set.
     """
     names = sorted(found.tasks)
     parts = [found.prompt, *found.regularizer, found.inner_rates]
     sums = torch.stack([found.tasks[name].sum() for name in names]).to(found.prompt)
-    counts = np.array([mixing_sum, *flags, len(found.tasks[names[0]])], np.float32)
+    counts = np.array([*own.values(), *flags, len(found.tasks[names[0]])], np.float32)
     extra = to_device(counts, found.prompt.device).to(found.prompt.dtype)
     flat = torch.cat([*(part.reshape(-1).to(found.prompt.dtype) for part in parts), sums, extra])
     if torch.distributed.is_initialized():
@@ -43,6 +43,6 @@ def reduce_sums(
     for part in parts:
         means.append(flat[start : start + part.numel()].view(part.shape))
         start += part.numel()
-    values, raised = flat[start:].split([len(names) + 1, len(flags)])
-    metrics = dict(zip([*names, "mixing"], values.unbind(), strict=True))
+    values, raised = flat[start:].split([len(names) + len(own), len(flags)])
+    metrics = dict(zip([*names, *own], values.unbind(), strict=True))
     return replace(found, prompt=means[0], regularizer=means[1:-1], inner_rates=means[-1]), metrics, raised

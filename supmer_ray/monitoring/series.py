@@ -61,11 +61,10 @@ class RunSeries:
     Args:
         run: the run's name, a label of all of them.
         tasks_per_step: T, over all workers.
-        workers: how many share them.
     """
 
-    def __init__(self, run: str, tasks_per_step: int, workers: int) -> None:
-        self._run, self._tasks, self._workers = run, tasks_per_step, workers
+    def __init__(self, run: str, tasks_per_step: int) -> None:
+        self._run, self._tasks = run, tasks_per_step
         by_type = {name: text for name, (_, text) in {**BY_TYPE, **VALIDATION}.items()}
         overall = {**{name: text for name, (_, text) in OVERALL.items()}, **COMPUTED}
         self._gauges = {name: Gauge(name, text, ("run", "task_type")) for name, text in by_type.items()}
@@ -106,7 +105,7 @@ class RunSeries:
         total = waited + row["step_seconds"]
         self._set("supmer_data_wait_fraction", waited / total)
         self._set("supmer_tasks_per_second", self._tasks / total)
-        self._set("supmer_tokens_per_second", row["tokens"] * self._workers / total)
+        self._set("supmer_tokens_per_second", row["tokens"] / total)
         self._set("supmer_gpu_memory_bytes", torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
         for phase in PHASES:
             self._set(PHASE_SECONDS[0], row[f"{phase}_seconds"] if phase != "data" else waited, phase=phase)

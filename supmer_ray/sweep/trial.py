@@ -21,6 +21,7 @@ from supmer_ray.cluster import DRIVER_CPUS, reserved_cpus, sharing
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, AdaptConfig, ObjectiveConfig, SweepConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import UserError
+from supmer_ray.fewshot import builtin
 from supmer_ray.files import Place
 from supmer_ray.meta.learner import Learner
 from supmer_ray.meta.loop import meta_train
@@ -53,6 +54,13 @@ class Objective:
     definition: TaskDefinition | None = None
     task: dict[str, Any] | None = None
     _splits: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+    def files(self) -> list[Place]:
+        """The user's own files of the few-shot task."""
+        if self.definition is None:
+            return []
+        own = builtin.own_file(str(self.config.task))
+        return [*([Place.of(own)] if own else []), *map(Place.of, self.definition.data.places())]
 
     @property
     def worst(self) -> float:
@@ -97,16 +105,26 @@ def _dev_splits(
     return [(encoder.split(d.train), encoder.split(d.dev), encoder.verbalizer_ids) for d in drawn]
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective, after its few-shot task was found usable."""
-    if config.task is None:
-        return Objective(config)
+def make_objective(config: SweepConfig, backbone: str) -> Objective:
+    """The objective of a sweep on `backbone`, after its few-shot task was found usable.
+
+    Raises:
+        UserError: the task cannot be read, has too few rows, or has words or a pattern that the backbone cannot use.
+    """
+    objective = config.objective
+    if objective.task is None:
+        return Objective(objective)
     from supmer_ray.fewshot.definition import TaskRows, load_definition
+    from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, outline
     from supmer_ray.fewshot.sampling import draw
 
-    rows = TaskRows.of(load_definition(config.task))
-    draw(rows.definition, rows.frames, config.adapt.shots, 0)
-    return Objective(config, rows.definition, rows.description())
+    rows = TaskRows.of(load_definition(objective.task))
+    draw(rows.definition, rows.frames, objective.adapt.shots, 0)
+    searched, language_model = config.space.get("prompt.length"), outline(backbone)
+    longest = max(searched.ends) if searched else config.base.prompt.length
+    limit = input_limit(language_model, longest, objective.adapt.max_length)
+    TaskEncoder(language_model, rows.definition, max_length=limit)
+    return Objective(objective, rows.definition, rows.description())
 
 
 def validation_types(config: SweepConfig, store: Outline) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def in_time(look, seconds=60):
 
 def test_the_metrics_port_has_every_series_that_the_dashboard_queries(undisturbed):
     rows = [json.loads(line) for line in undisturbed.metrics.read_text().splitlines()]
-    series = RunSeries("shown", tasks_per_step=2, workers=1)
+    series = RunSeries("shown", tasks_per_step=2)
     for row in rows:
         series.row(row)
     assert len(queried()) >= 20
@@ -124,7 +124,7 @@ def test_a_run_writes_to_the_loggers_that_it_names(tiny_store, tmp_path, name):
 
 def test_a_value_stays_at_the_metrics_port_until_the_run_is_over(ray_cluster):
     """Ray drops a gauge that nobody sets for two reporting intervals, of one second in the tests' cluster."""
-    series = RunSeries("kept", tasks_per_step=1, workers=1)
+    series = RunSeries("kept", tasks_per_step=1)
     series.row({"kind": "validation", "step": 0, "validation": {"nsp": {"loss": 1.5, "accuracy": 0.25}}})
 
     def shown():

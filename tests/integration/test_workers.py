@@ -35,7 +35,7 @@ def mean_gradients(store_path, step, rank, workers, token_budget):
     mixing = np.array([1.0, 0.4, 0.7, 0.9])[first : first + len(batch)]
     meta_step = MetaStep(backbone, state.regularizer, token_budget=token_budget)
     found = meta_step(state.prompt, state.inner_rates(), batch, mixing[batch.query.task])
-    mean, metrics, _ = reduce_sums(found, float(mixing.sum()))
+    mean, metrics, _ = reduce_sums(found, {"mixing": mixing.sum()})
     phi = {f"phi.{number}": gradient.contiguous() for number, gradient in enumerate(mean.regularizer)}
     return {"theta": mean.prompt, "rates": mean.inner_rates, **phi, "metrics": torch.stack(list(metrics.values()))}
 

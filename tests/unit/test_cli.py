@@ -149,6 +149,31 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_overwriting_spares_the_files_of_settings(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("{}")
+    for verb, arguments in {
+        "train": ["--store", tmp_path, "--config", own],
+        "tune": ["--store", tmp_path, "--config", "tune_configs/smoke.yaml"],
+        "adapt": ["--task", own],
+        "evaluate --suite": ["--suite", own],
+        "evaluate --curve": ["--suite", "open", "--curve", own],
+        "evaluate --methods": ["--suite", "open", "--methods", f"supmer,{own}"],
+        "evaluate --config": ["--suite", "open", "--config", own],
+    }.items():
+        verb = verb.partition(" ")[0]
+        (tmp_path / MARKERS[verb]).write_text("{}")
+        if verb == "tune":  # whose file must be a whole search space
+            given = tmp_path / "space.yaml"
+            shutil.copy(arguments[-1], given)
+            arguments = [*arguments[:-1], given]
+        message = refused(verb, *arguments, "--out", tmp_path, "--overwrite")
+        assert re.search(r"The file .*\.yaml lies within the output .*, which --overwrite would delete", message), (
+            message
+        )
+    assert own.is_file() and given.is_file()
+
+
 def test_the_verbs_know_their_outputs_by_what_their_modules_write():
     assert MARKERS == {
         "prepare": MANIFEST,

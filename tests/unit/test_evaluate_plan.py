@@ -19,7 +19,7 @@ from supmer_ray.config import EvaluateConfig
 from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _note, evaluate
 from supmer_ray.fewshot.method import Method, load_method
-from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same
+from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same, task_name
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.files import Place, require_new_place
 from supmer_ray.reading import build
@@ -240,6 +240,29 @@ def test_a_checkpoint_is_of_the_method_that_it_is_given_for(own_task, tmp_path):
     )
     with pytest.raises(UserError, match=sentence):
         evaluate(plan, tmp_path / "out")
+
+
+def test_a_method_of_the_users_own_may_set_one_entry_of_the_mixture(own_task, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("{name: mine, learns: prompt, meta: {tasks.mixture.sck: 5}}")
+    plan = make_plan(own_task(), methods=[str(mine)], adapt={"shots": 1}, run={"prompt": {"length": 10}})
+    with pytest.raises(UserError, match=r"meta-trained with tasks\.mixture\.sck: None, and method 'mine' stands for"):
+        evaluate(replace(plan, checkpoints={"mine": embedded.LEARNED}), tmp_path / "out")
+
+
+def test_tasks_have_the_names_of_their_files(own_task, monkeypatch):
+    file = Path(own_task())
+    monkeypatch.chdir(file.parent)
+    assert {task_name(task) for task in (str(file), "own.yaml", "./own.yaml")} == {"own"}
+    assert task_name("bbc-topic") == "bbc-topic"
+
+
+def test_the_weights_that_ship_are_part_of_what_is_described(own_task, monkeypatch):
+    plan = make_plan(own_task(), adapt={"shots": 1})
+    rows = plan.read_tasks()
+    described = plan.description(rows)["backbone"]
+    monkeypatch.setattr("supmer_ray.fewshot.plan.sha256", lambda file: "other")
+    assert described and described != plan.description(rows)["backbone"]
 
 
 def test_a_checkpoint_of_one_method_passes_for_no_other(own_task, tmp_path, monkeypatch):

@@ -72,13 +72,13 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_a_good_one_lets_the_
 def test_means_are_over_all_tasks(learner):
     batch = batch_of(0)
     found = learner.step(learner.state.prompt, learner.state.inner_rates(), batch, np.full(8, 0.5))
-    mean, metrics, asked = reduce_sums(found, 1.0, (True, False))
+    mean, metrics, asked = reduce_sums(found, {"mixing": 1.0, "tokens": 90}, (True, False))
     torch.testing.assert_close(mean.prompt, found.prompt / 2)
     torch.testing.assert_close(mean.inner_rates, found.inner_rates / 2)
     for own, total in zip(mean.regularizer, found.regularizer, strict=True):
         torch.testing.assert_close(own, total / 2)
     torch.testing.assert_close(metrics["similarity"], found.tasks["similarity"].mean())
-    assert metrics["mixing"] == 0.5 and (asked > 0).tolist() == [True, False]
+    assert metrics["mixing"] == 0.5 and metrics["tokens"] == 45 and (asked > 0).tolist() == [True, False]
 
 
 def test_validation_adapts_at_the_rate_of_the_start(learner):

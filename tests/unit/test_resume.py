@@ -6,6 +6,7 @@ import pytest
 
 from supmer_ray.config import EvaluateConfig, RunConfig, SweepConfig
 from supmer_ray.errors import UserError
+from supmer_ray.evaluate import _settled_precision
 from supmer_ray.fewshot.plan import DESCRIPTION, require_same
 from supmer_ray.files import Place
 from supmer_ray.meta.run import CONFIG_FILE
@@ -30,6 +31,11 @@ def test_a_run(tmp_path):
     other = RunConfig.model_validate({"regularizer": {"two_sided": True}})
     with pytest.raises(UserError, match="was started with other values under 'regularizer'"):
         _require_same_run(Place(str(tmp_path)), other, Place("/store"), "digest")
+    laid_out = RunConfig.model_validate({"workers": {"count": 2}, "schedule": {"validate_every": 7}})
+    _require_same_run(Place(str(tmp_path)), laid_out, Place("/store"), "digest")
+    judged = RunConfig.model_validate({"schedule": {"validation_tasks": 1}})
+    with pytest.raises(UserError, match=r"was started with schedule\.validation_tasks: \d+, .* resume with as many"):
+        _require_same_run(Place(str(tmp_path)), judged, Place("/store"), "digest")
 
 
 def test_a_run_of_a_later_version_is_refused(tmp_path):
@@ -43,9 +49,16 @@ def test_a_run_of_a_later_version_is_refused(tmp_path):
 def test_an_evaluation(tmp_path):
     config = EvaluateConfig().model_dump(mode="json")
     (tmp_path / DESCRIPTION).write_text(json.dumps({"config": _of_an_earlier_version(config), "seeds": 5}))
-    require_same(tmp_path, {"config": {**config, "baseline": "supmer"}, "seeds": 5})
+    assert require_same(tmp_path, {"config": {**config, "baseline": "supmer"}, "seeds": 5})["seeds"] == 5
     with pytest.raises(UserError, match="was started with another 'config'"):
         require_same(tmp_path, {"config": {**config, "pattern": 1}, "seeds": 5})
+
+
+def test_an_evaluation_stays_in_the_precision_of_its_first_cells(tmp_path):
+    (tmp_path / DESCRIPTION).write_text(json.dumps({"seeds": 5}))
+    assert _settled_precision(tmp_path, "bfloat16") == "bfloat16"
+    assert _settled_precision(tmp_path, "float32") == "bfloat16"
+    assert require_same(tmp_path, {"seeds": 5}) == {"seeds": 5, "precision": "bfloat16"}
 
 
 def test_a_sweep(tmp_path):

@@ -16,7 +16,7 @@ from supmer_ray.errors import UserError
 from supmer_ray.reading import build
 from supmer_ray.sweep.picture import draw_sweep, importance, places
 from supmer_ray.sweep.space import Within, run_config, settings_of, space
-from supmer_ray.sweep.trial import Objective, TrialHost
+from supmer_ray.sweep.trial import Objective, TrialHost, make_objective
 from supmer_ray.tune import Population, _searcher, concurrency, trials_table
 
 CONFIGS = Path(__file__).parents[2] / "tune_configs"
@@ -54,6 +54,10 @@ def test_every_shipped_space_gives_configurations_that_can_run(name):
         ({"space": {"prompt.length": {"uniform": [10, 50]}}}, r"space tries prompt\.length = 22\.7.*integer"),
         ({"space": {"prompt.length": {"int": [True, 5]}}}, r"'int' holds true; write a number"),
         ({"space": {"meta.steps": {"int": [1, 5]}}}, r"'meta\.steps' is not searched"),
+        (
+            {"space": {"meta.curriculum": {"choice": [{"enabled": False}, {"m": 4.0}]}}},
+            r"'meta\.curriculum' is a section; search its keys, as in 'meta\.curriculum\.enabled'",
+        ),
         ({"space": {"workers.count": {"int": [1, 2]}}}, r"'workers\.count' is not searched; only prompt"),
         ({"space": {"tasks.mixture": {"uniform": [0, 1]}}}, r"tasks\.mixture takes simplex or choice"),
         ({"space": {"tasks.mixture": {"simplex": ["nsp", "nps"]}}}, r"unknown task type 'nps'"),
@@ -81,6 +85,27 @@ def test_one_sentence_for_each_mistake(update, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         sweep(**update)
     assert "\n" not in str(caught.value)
+
+
+def test_a_few_shot_task_that_the_backbone_cannot_use_is_refused_before_the_first_trial(tmp_path):
+    values = {
+        "name": "own",
+        "data": {"files": {"train": "rows.csv", "test": "rows.csv"}},
+        "fields": ["text"],
+        "patterns": ["{text} {mask}"],
+        "verbalizers": {"0": "awesome", "1": "awesomely"},  # the second begins as the first
+    }
+    (tmp_path / "rows.csv").write_text("text,label\na,0\nb,1\nc,0\nd,1\n")
+    task = tmp_path / "own.yaml"
+    task.write_text(yaml.safe_dump(values))
+    config = sweep(objective={"task": str(task), "adapt": {"shots": 1}})
+    with pytest.raises(UserError, match="begin with the same token"):
+        make_objective(config, "embedded")
+    task.write_text(yaml.safe_dump({**values, "verbalizers": {"0": "bad", "1": "good"}}))
+    assert {place.name for place in make_objective(config, "embedded").files()} == {"own.yaml", "rows.csv"}
+    searched = {"prompt.length": {"int": [10, 510]}}
+    with pytest.raises(UserError, match="leaves no room"):
+        make_objective(config.model_copy(update={"space": sweep(space=searched).space}), "embedded")
 
 
 def test_inner_steps_and_their_learned_rate_are_searched_together():
