@@ -188,7 +188,7 @@ class Waiting:
 
     def notice(self) -> str | None:
         """The sentence, where it is time for it."""
-        if self._said or not _waits():
+        if self._said or not waits():
             self._since = math.inf
             return None
         self._since = min(self._since, time.monotonic())
@@ -204,7 +204,7 @@ class Waiting:
         )
 
 
-def _waits() -> bool:
+def waits() -> bool:
     """Whether this driver's job has asked for reservations, and none but those of trials' drivers has found room."""
     import ray
     from ray.util.placement_group import placement_group_table

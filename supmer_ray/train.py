@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, sharing
+from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, sharing, waits
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError
@@ -186,6 +186,8 @@ def _fit(plan: RunPlan, gpu: bool, stop: threading.Event, progress: Progress | N
                 continue
             looked = time.monotonic()
             follow.look()
+            if told and follow.rows == before and waits():
+                break  # no worker reads the stop file before others make room for it
             if progress and follow.rows == before and (text := waiting.notice()):
                 progress({"kind": "notice", "step": 0, "text": text})
         follow.look()
@@ -199,7 +201,7 @@ def _fit(plan: RunPlan, gpu: bool, stop: threading.Event, progress: Progress | N
                 f"There is no room left where {plan.out} lies; make some and go on with --resume."
             ) from failures[0]
         raise failures[0]
-    if told and follow.step < plan.config.meta.steps:
+    if told and follow.step < plan.config.meta.steps and plan.out.read(REFUSAL_FILE) is None:
         raise Stopped(f"the run in {plan.out} was stopped; continue it with --resume.")
 
 

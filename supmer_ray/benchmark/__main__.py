@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, help="of a micro-batch of our step; unset: what suits the device")
     parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), help="of our frozen weights")
     parser.add_argument("--repeats", type=int, default=5, help="alternating rounds; the median counts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads; unset: torch's choice")
     parser.add_argument(
         "--no-baseline", action="store_true", help="time our step alone (sizes the baseline cannot hold)"
@@ -66,9 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _require_measurable(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: a number that counts something is below 1, or the device is of no kind that is measured.
+    """
+    for name, given in vars(options).items():
+        for number in given if isinstance(given, list) else [given]:
+            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {number}; write 1 or more.")
+    if options.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device is {options.device}; write cpu or cuda.")
+
+
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    if options.repeats < 1:
-        raise UserError("A measurement needs at least one round; write --repeats 1 or more.")
+    _require_measurable(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     threads = torch.get_num_threads()

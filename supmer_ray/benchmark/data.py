@@ -16,7 +16,7 @@ from supmer_ray.benchmark.memory import peak_memory_of_all
 from supmer_ray.benchmark.step import timed
 from supmer_ray.config import PrepareConfig, RunConfig, TasksConfig
 from supmer_ray.data.embed import IN_HAND, STRETCH, Embedder, Stretch
-from supmer_ray.data.store import Store
+from supmer_ray.data.store import Outline, Store
 from supmer_ray.files import Place
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.packed import Layout
@@ -26,6 +26,7 @@ from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.builder import TaskBuilder
 from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.formats import Formats
+from supmer_ray.tasks.types import require_domains
 
 STEPS = 100
 
@@ -48,6 +49,7 @@ def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     from supmer_ray.train import train
 
     torch.set_num_threads(1)
+    require_domains(Outline.open(path), TasksConfig().types)
     store = Store.open(path)
     backbone = load_backbone(store.manifest.backbone.name)
     config = TasksConfig(max_length=400 if backbone.max_positions else 412)

@@ -79,11 +79,13 @@ class Lengths:
     def of_store(store: Path, max_length: int) -> Lengths:
         """The lengths of 60 meta-tasks of each type that training on `store` would draw."""
         from supmer_ray.config import PAPER_TASK_TYPES, TasksConfig
-        from supmer_ray.data.store import Store
+        from supmer_ray.data.store import Outline, Store
         from supmer_ray.model.backbone import load_backbone
         from supmer_ray.tasks.builder import TaskBuilder
         from supmer_ray.tasks.formats import Formats
+        from supmer_ray.tasks.types import require_domains
 
+        require_domains(Outline.open(store), PAPER_TASK_TYPES)
         opened = Store.open(store)
         backbone = load_backbone(opened.manifest.backbone.name)
         config = TasksConfig(max_length=max_length)

@@ -85,8 +85,8 @@ def prepare(
 ) -> Manifest:
     """Build a store from text, on the Ray cluster that is there, which is joined when the sources could be read.
 
-    The result depends on the sources, the backbone, the number of domains, the lengths and the seed, and
-    on nothing else: neither the number of workers nor how the text is spread over files' blocks.
+    The result depends on the sources, the settings but `embedders`, and the kind of device, and on nothing else:
+    neither the number of workers nor how the text is spread over files' blocks.
 
     Args:
         out: the folder, or the URI of one (`s3://…`), that every node reaches.

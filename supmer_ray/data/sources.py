@@ -137,7 +137,7 @@ def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]
     elif "**" in path:
         raise UserError(f"The source '{path}' holds **; name the folder instead, which is read with all below it.")
     elif "*" in path:
-        root, pattern = path[: path.index("*")].rpartition("/")[0], path
+        root, pattern = path[: path.index("*")].rpartition("/")[0], path.replace("[", "[[]")
     else:
         return []
     found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow.fs import copy_files
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load, load_file, save
@@ -318,7 +319,12 @@ class SentenceWriter:
         self.tokens = 0
 
     def write(self, texts: pa.ListArray, tokens: pa.ListArray) -> None:
-        """Append documents: list<string> sentences and list<list<int32>> token ids, one entry a document."""
+        """Append documents: list<string> sentences and list<list<int32>> token ids, one entry a document.
+
+        One without a sentence is none: there would be nothing to draw from it.
+        """
+        filled = pc.greater(texts.value_lengths(), 0)
+        texts, tokens = texts.filter(filled), tokens.filter(filled)
         counts = texts.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         total = int(counts.sum())
         ids = tokens.flatten()

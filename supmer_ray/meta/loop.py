@@ -168,6 +168,13 @@ def _require_same_step(step: int, device: torch.device) -> None:
         )
 
 
+def _share(state: MetaState) -> None:
+    """Give all workers the state of the first: the last bits of a new φ depend on a node's processor and threads."""
+    if torch.distributed.is_initialized():
+        for own in (state.prompt, *state.regularizer.parameters(), state.log_rates):
+            torch.distributed.broadcast(own.data, 0)
+
+
 def _note_group(out: Place) -> None:
     from ray.util.placement_group import get_current_placement_group
 
@@ -216,6 +223,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         learner = Learner(config, backbone, state, rank, host.workers)
         builder = TaskBuilder(store, formats, config.tasks, config.seed)
     _require_same_step(state.progress.step, host.device)
+    _share(state)
     types = plan.validation_types or config.tasks.types
     with closing(Record(config, plan.out, state.progress.step) if rank == 0 else NoRecord()) as record:
 

@@ -186,14 +186,12 @@ class MetaStep:
     def losses(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Unmixed query losses (T,) and accuracies (T,) after the inner steps: what validation reports.
 
-        An example counts as right when its answer outscores every other answer of its own task type.
+        An example counts as right when its answer outscores every other answer of its own task.
         """
         adapted = prompt.detach().expand(len(batch), *prompt.shape)
         support = self._micro_batches(batch.support, prompt.shape[0])
         for rate in inner_rates:
-            gradient, embedding, _ = self._support_gradient(
-                adapted.detach().requires_grad_(), batch.support, support, differentiable=False
-            )
+            gradient, embedding, _ = self._support_gradient(adapted, batch.support, support, differentiable=False)
             with torch.no_grad():
                 adapted = adapted - rate * self.regularizer(gradient, embedding)[0]
         losses, right = adapted.new_zeros(len(batch)), adapted.new_zeros(len(batch))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -94,6 +95,9 @@ class Backbone:
         self.d_model: int = self.embedding.embedding_dim
         encoder_config = getattr(model.config, "encoder", model.config)
         self.max_positions: int | None = getattr(encoder_config, "max_position_embeddings", None)
+        places = (part for name, part in model.get_encoder().named_modules() if name.endswith("position_embeddings"))
+        if self.max_positions and (padding := getattr(next(places, None), "padding_idx", None)) is not None:
+            self.max_positions -= padding + 1  # RoBERTa counts positions from behind the padding's number
         self.start: int = model.config.decoder_start_token_id
         if tokenizer is not None:
             self._read_tokenizer()
@@ -305,7 +309,7 @@ def load_backbone(
         look_at_the_hub(place)
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
         raise UserError(
             f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
             "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."

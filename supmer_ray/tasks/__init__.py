@@ -8,5 +8,5 @@
 
 `formats` turns sentences into encoder inputs, `types` draws the self-supervised task types (the paper's five,
 and sck) from a store's domains, `builder` makes the meta-task of a given index, `stream` has Ray Data make
-those of a run, and `batch` packs and cuts them.
+those of a run, `batch` packs them, and `collate` lays out the micro-batches that `model.prompted` cuts.
 """

@@ -131,8 +131,9 @@ class TaskDraw:
     def examples(self, domains: np.ndarray, sizes: Sequence[int]) -> list[Examples]:
         """Sets of the given sizes over the same domains, each balanced over the answers.
 
-        Items are not repeated within a set while the domains hold enough of them, nor between sets at all, unless a
-        domain cannot give each set `MINIMUM_ITEMS`: else the query would ask what the support has answered.
+        Items are not repeated within a set while the domains hold enough of them, nor between sets at all, else the
+        query would ask what the support has answered; of scsp and scss, which take two items a question, a domain of
+        fewer than four gives all of them to each set.
         """
         shares = [self._shares(int(domain), sizes, len(domains)) for domain in domains]
         vectors = self.family.centroids[domains] if self.name == "scc" else None
@@ -164,14 +165,15 @@ class TaskDraw:
         """For each set where its items of a domain come from: the same row of items while it suffices for all."""
         rows = self.family.rows(domain, self.split)
         # A set that is no multiple of its domains asks some of them once more than others.
-        wanted = sum(-(-size // domains) for size in sizes) * (2 if self.name in ("scsp", "scss") else 1)
-        if len(rows) >= wanted or len(rows) < MINIMUM_ITEMS * len(sizes):
+        each = 2 if self.name in ("scsp", "scss") else 1  # an anchor, and another of its domain
+        wanted = sum(-(-size // domains) for size in sizes) * each
+        if len(rows) >= wanted or len(rows) < each * len(sizes):
             return [self._items(rows)] * len(sizes)
         parts = np.array_split(self.generator.permutation(rows), len(sizes))
         return [self._items(part) for part in parts]
 
     def _items(self, rows: np.ndarray) -> Iterator[int]:
-        """Items in random order, again and again, never one twice in a row."""
+        """Items in random order, again and again; of two or more never one twice in a row."""
         last = None
         while True:
             order = self.generator.permutation(rows)

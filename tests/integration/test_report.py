@@ -136,3 +136,11 @@ def test_what_cannot_be_reported_is_refused(compared, page, tmp_path):
     with pytest.raises(UserError, match=r"has no step to show yet"):
         report([begun], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_domains_of_another_store_are_not_drawn_as_the_runs(compared, tmp_path):
+    shutil.copytree(compared[0] / "runs" / "supmer", run := tmp_path / "run")
+    settings = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**settings, "store_digest": "of the day before"}))
+    text = report([run], tmp_path / "page").read_text(encoding="utf-8")
+    assert re.search(r"The domains are not drawn\. The store .* was made anew since the run was started\.", text)

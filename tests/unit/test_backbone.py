@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -13,10 +14,13 @@ import torch
 from tiny import make_tiny_bart, make_tiny_t5
 from transformers import (
     AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     MBartConfig,
     MBartForConditionalGeneration,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    RobertaConfig,
 )
 
 from supmer_ray.data.embed import _means, mean_pooled
@@ -147,6 +151,33 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path, monkeypatch, caplog):
             load_backbone(name)
         assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 20 and not caplog.records
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other shapes"])
+def test_damaged_weights_are_one_sentence(folder, tmp_path, damage):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if damage == "other shapes":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "d_model": 64}))
+    else:
+        weights.write_bytes(weights.read_bytes()[: 400 if damage == "cut" else 0])
+    with pytest.raises(UserError, match=f"Cannot load the backbone '{tmp_path}'") as caught:
+        load_backbone(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_positions_are_counted_from_behind_the_padding_where_an_encoder_does():
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 16, "max_position_embeddings": 66, "pad_token_id": 1}
+    decoder = RobertaConfig(**shape, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(RobertaConfig(**shape), decoder)
+    config.decoder_start_token_id = 0
+    roberta = Backbone(EncoderDecoderModel(config=config), None, "roberta")
+    assert roberta.max_positions == 64
+    for length in (64, 65):
+        with pytest.raises(RuntimeError, match="out of bounds") if length > 64 else nullcontext():
+            roberta.encode(torch.randn(length, 16), Layout((length,), (length,)))
 
 
 def test_a_pickle_is_never_read(folder, tmp_path):

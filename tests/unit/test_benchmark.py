@@ -45,7 +45,10 @@ def test_the_step_is_timed_beside_the_baseline_without_ray(tmp_path):
     ("options", "sentence"),
     [
         (["--lengths", "20", "450"], "The baseline pads to 412 tokens, fewer than --lengths 450; raise"),
-        (["--repeats", "0"], "A measurement needs at least one round"),
+        (["--repeats", "0"], "--repeats is 0; write 1 or more."),
+        (["--lengths", "20", "-5"], "--lengths is -5; write 1 or more."),
+        (["--device", "mps"], "--device is mps; write cpu or cuda."),
+        (["--device", "abacus"], "--device is abacus; write cpu or cuda."),
         (["--scaling", "--threads", "1", "--tasks", "2"], "and has one; give it --threads 2."),
         (["--scaling", "--tasks", "3"], "shares 3 tasks between two workers; write --tasks 4."),
         (["--data"], "needs a prepared store; name one with --store."),

@@ -53,6 +53,8 @@ def test_folder_of_text_files_one_document_each(tmp_path, monkeypatch):
     assert len(open_source(str(tmp_path)).pieces) == 2
     assert [text.split("\n")[0] for text in texts_of(tmp_path / "a" / "*.txt")] == ["a/1", "a/10"]
     assert [text.split("\n")[0] for text in texts_of(tmp_path / "*" / "1*.txt")] == ["a/1", "a/10"]
+    (tmp_path / "a").rename(tmp_path / "[2024]")  # only * stands for something else
+    assert [text.split("\n")[0] for text in texts_of(tmp_path / "[2024]" / "*.txt")] == ["a/1", "a/10"]
     assert len(texts_of(f"file://{tmp_path}")) == 4
 
 

@@ -270,6 +270,11 @@ def test_support_and_query_share_no_item_where_a_domain_holds_few(store):
     seven = SimpleNamespace(rows=lambda domain, split: np.arange(7))
     one, other = replace(train, store=SimpleNamespace(family=lambda name: seven))._shares(0, (13, 13), 4)
     assert one is not other
+    two = SimpleNamespace(family=lambda name: SimpleNamespace(rows=lambda domain, split: np.arange(2)))
+    one, other = ([next(share) for _ in range(3)] for share in replace(train, store=two)._shares(0, (4, 4), 1))
+    assert {*one} | {*other} == {0, 1} and not {*one} & {*other}
+    one, other = replace(train, store=two, name="scsp")._shares(0, (4, 4), 1)
+    assert one is other, "a question takes two"
 
 
 def test_too_few_domains_are_refused(store):
