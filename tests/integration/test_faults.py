@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -192,6 +193,28 @@ def test_of_two_runs_that_start_at_once_one_waits(undisturbed, tiny_store, tmp_p
     assert sum("The run waits until the cluster has room" in text for text in said) == 1
     for name in ("one", "other"):
         assert_same_weights(tmp_path / name / "checkpoint", undisturbed.checkpoint)
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_room_ends_when_told(undisturbed, tiny_store, tmp_path):
+    """No worker is there to read that it shall stop."""
+    settings = [part for value in SETTINGS for part in ("--set", value)]
+    command = [sys.executable, "-c", "from supmer_ray.cli import main; main()", "train", *settings]
+    command += ["--store", str(tiny_store), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    taken = ray.util.placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
+    ray.get(taken.ready())
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = next(line for line in run.stdout if "The run waits until the cluster has room" in line)
+        run.send_signal(signal.SIGTERM)
+        said += run.communicate(timeout=30)[0]
+    finally:
+        run.kill()
+        ray.util.remove_placement_group(taken)
+    assert run.returncode == 130 and "was stopped; continue it with --resume" in said, said
+    subprocess.run([*command, "--resume"], env=environment, check=True, timeout=PATIENCE_SECONDS)
+    assert_same_weights(tmp_path / "run" / "checkpoint", undisturbed.checkpoint)
 
 
 @pytest.mark.slow
