@@ -6,8 +6,8 @@
 
 Submit it from the project's folder. The token is in `~/.ray/auth_token` of the head; from another machine, put
 it there or into `RAY_AUTH_TOKEN`. The options are those of `supmer prepare`. `--out` is an absolute path that
-every node sees, as are the sources that are paths, or a URI (`s3://…`). A job that was stopped leaves nothing
-behind: submit it again.
+every node sees, as are the sources that are paths, or a URI (`s3://…`). A job that was stopped leaves no store, at most
+a hidden folder beside it (docs/operations.md): submit it again.
 """
 
 import sys

@@ -6,6 +6,7 @@ Torch and Ray are imported inside the verbs, so that `supmer --help` answers at 
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,8 @@ def adapt(
     """Adapt a prompt to a labelled task from K examples a class."""
     require_new_folder(out, overwrite=overwrite, marker=MARKERS["adapt"])
     _spare([task], out, overwrite)
+    if overwrite and checkpoint:
+        require_outside(Place.of(out), {"checkpoint": [Place.of(checkpoint)]})
     if plain and checkpoint:
         raise UserError("--plain starts from vocabulary rows and --checkpoint from a learned prompt; give one of them.")
     name = "embedded"
@@ -444,6 +447,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"supmer: {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # Typer makes this of Ctrl-C
+        if end.code in (INTERRUPTED, signal.SIGTERM):  # what Typer makes of Ctrl-C, and Ray of SIGTERM
             print("supmer: stopped.", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         raise

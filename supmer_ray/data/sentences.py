@@ -69,7 +69,7 @@ def tokenizer_of(backbone: str) -> Tokenize:
 
     from supmer_ray.embedded import resolve
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(backbone))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(backbone), trust_remote_code=False)
     # A text that spells one out ("[MASK]") must not ask for an answer there.
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     special |= {number for piece, number in tokenizer.get_vocab().items() if piece.startswith("<extra_id_")}

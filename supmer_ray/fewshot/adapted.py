@@ -168,6 +168,8 @@ def predict(
         raise UserError(f"The output {output_file} is a folder; name a file.")
     if output_file.exists() and not overwrite:
         raise UserError(f"The output {output_file} exists; choose another name, or add --overwrite to replace it.")
+    if output_file.exists() and input_file.exists() and output_file.samefile(input_file):
+        raise UserError(f"The output {output_file} is the input as well; name another file.")
     record, prompt = _read(adapted_folder)
     frame = read_table(input_file)
     require_columns(frame, record.definition.texts, str(input_file))

@@ -108,9 +108,10 @@ def outline(name: str) -> Backbone:
     place = resolve(name)
     try:
         look_at_the_hub(place)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(place))
+            model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, HTTPError) as error:
         raise UserError(
             f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "

@@ -270,7 +270,10 @@ def adapt_task(
     definition = task.definition
     require_new_folder(out, overwrite=overwrite, marker=RECORD)
     if overwrite:
-        require_outside(Place.of(out), {"file of the task": map(Place.of, definition.data.places())})
+        folder = [Place.of(backbone.name)] if Path(backbone.name).is_dir() else []
+        require_outside(
+            Place.of(out), {"file of the task": map(Place.of, definition.data.places()), "backbone": folder}
+        )
     rows = len(checkpoint.prompt) if checkpoint else prompt_length
     limit = input_limit(backbone, rows, config.max_length)
     encoder = TaskEncoder(backbone, definition, max_length=limit, pattern=pattern)

@@ -307,8 +307,9 @@ def load_backbone(
     place = resolve(name)
     try:
         look_at_the_hub(place)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+        # Unset, transformers would ask at a terminal whether to run a model's own code.
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
         raise UserError(
             f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from itertools import pairwise
 
@@ -206,15 +207,36 @@ def test_a_run_that_waits_for_room_ends_when_told(undisturbed, tiny_store, tmp_p
     ray.get(taken.ready())
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        said = next(line for line in run.stdout if "The run waits until the cluster has room" in line)
+        said = ""
+        while "The run waits until the cluster has room" not in said:
+            line = run.stdout.readline()
+            assert line, said
+            said += line
         run.send_signal(signal.SIGTERM)
-        said += run.communicate(timeout=30)[0]
+        said += run.communicate(timeout=PATIENCE_SECONDS)[0]
     finally:
         run.kill()
         ray.util.remove_placement_group(taken)
     assert run.returncode == 130 and "was stopped; continue it with --resume" in said, said
     subprocess.run([*command, "--resume"], env=environment, check=True, timeout=PATIENCE_SECONDS)
     assert_same_weights(tmp_path / "run" / "checkpoint", undisturbed.checkpoint)
+
+
+@pytest.mark.slow
+def test_a_store_whose_making_is_stopped_leaves_nothing(ray_cluster, tiny_t5, tmp_path):
+    command = [sys.executable, "-c", "from supmer_ray.cli import main; main()", "prepare", "--source", "bbc"]
+    command += ["--backbone", str(tiny_t5), "--domains", "12", "--out", str(tmp_path / "store")]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    making = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while making.poll() is None and not any(tmp_path.glob(".store.shared-*")):
+            time.sleep(0.05)
+        making.send_signal(signal.SIGTERM)
+        said = making.communicate(timeout=PATIENCE_SECONDS)[0]
+    finally:
+        making.kill()
+    assert making.returncode == 130 and "supmer: stopped." in said, said
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 @pytest.mark.slow

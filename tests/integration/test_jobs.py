@@ -148,7 +148,7 @@ def test_a_bare_cluster_installs_the_rest(tiny_store, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_evaluation_and_a_training_of_the_backbone_run_as_jobs(cluster, tmp_path):
+def test_an_evaluation_and_the_options_of_the_backbones_training_run_as_jobs(cluster, tmp_path):
     out = tmp_path / "eval"
     small = ["--set", "adapt.max_test=50", "--set", "adapt.shots=4"]
     command = ["python", "jobs/evaluate.py", "--tasks", "bbc-topic", "--methods", "zero-shot,linear-probe", *small]
@@ -169,6 +169,16 @@ def documented(name):
     """What the docstring of a job says, on one line as a shell would read it."""
     text = ast.get_docstring(ast.parse((PROJECT / "jobs" / f"{name}.py").read_text()))
     return " ".join(text.replace("\\\n", " ").split())
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/results.md"])
+def test_commands_of_the_documents_have_only_options_that_there_are(file):
+    text, found = (PROJECT / file).read_text(encoding="utf-8").replace("\\\n", " "), 0
+    for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for verb, rest in re.findall(r"^supmer +(\w+)(.*)$", block, re.MULTILINE):
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", rest.partition("  #")[0])) <= options(verb), (verb, rest)
+            found += 1
+    assert found
 
 
 @pytest.mark.parametrize("name", ["prepare", "train", "tune", "evaluate", "pretrain_backbone"])

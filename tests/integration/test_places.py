@@ -8,6 +8,7 @@ import pytest
 from cluster import assert_all_is_free
 from faults import SETTINGS, assert_same_weights, rows_of
 
+from supmer_ray.cli import main
 from supmer_ray.config import load_run_config
 from supmer_ray.data.prepare import prepare
 from supmer_ray.data.store import MANIFEST, Outline, Store, read_manifest
@@ -86,7 +87,7 @@ def test_a_bucket_that_refuses_is_one_sentence(tiny_store, bucket, cache):
     assert_all_is_free()
 
 
-def test_a_run_in_an_object_store_is_read_where_it_lies(compared, plan, bucket, tmp_path):
+def test_a_run_in_an_object_store_is_read_where_it_lies(compared, plan, tasks, bucket, tmp_path):
     folder, rows, _ = compared
     bucket.put(folder / "runs" / "supmer")
     checkpoint = Place(bucket.uri) / "checkpoint"
@@ -98,6 +99,11 @@ def test_a_run_in_an_object_store_is_read_where_it_lies(compared, plan, bucket, 
     assert "Run first" in page and 'id="1-losses"' in page
     written = [file.read_text() for file in (tmp_path / "given").glob("*.[jm]*")]
     assert len(written) == 2 and not any("secret" in text for text in [page, *written])
+    few = ["--shots", "2", "--steps", "1", "--set", "max_test=4"]
+    out = ["--out", str(tmp_path / "adapted")]
+    with pytest.raises(SystemExit) as ended:
+        main(["adapt", "--task", str(tasks / "games.yaml"), "--checkpoint", checkpoint.where, *few, *out])
+    assert ended.value.code == 0 and "secret" not in (tmp_path / "adapted" / "adapted.json").read_text()
 
     object_ = {"Bucket": "runs", "Key": "team/first/checkpoint/prompt.safetensors"}
     bucket.client.put_object(**object_, Body=b"damaged")

@@ -25,6 +25,7 @@ from transformers import (
 
 from supmer_ray.data.embed import _means, mean_pooled
 from supmer_ray.errors import UserError
+from supmer_ray.fewshot.encoding import outline
 from supmer_ray.model.backbone import Backbone, _spread, load_backbone
 from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.packed import Layout
@@ -178,6 +179,20 @@ def test_positions_are_counted_from_behind_the_padding_where_an_encoder_does():
     for length in (64, 65):
         with pytest.raises(RuntimeError, match="out of bounds") if length > 64 else nullcontext():
             roberta.encode(torch.randn(length, 16), Layout((length,), (length,)))
+
+
+@pytest.mark.parametrize("load", [load_backbone, outline])
+def test_code_of_a_model_is_never_run_whatever_is_answered(folder, tmp_path, monkeypatch, load):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForSeq2SeqLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a user might answer
+    with pytest.raises(UserError, match="Cannot load the backbone"):
+        load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_pickle_is_never_read(folder, tmp_path):

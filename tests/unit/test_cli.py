@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -23,6 +24,7 @@ from supmer_ray.meta.run import CONFIG_FILE
 from supmer_ray.report import PAGE
 from supmer_ray.tune import SWEEP_FILE
 
+SMOKE = Path(__file__).parents[2] / "tune_configs" / "smoke.yaml"
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "meta_step.safetensors"
 
 
@@ -130,7 +132,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     commands = {
         "prepare": ["--source", "bbc"],
         "train": ["--store", tmp_path],
-        "tune": ["--store", tmp_path, "--config", "tune_configs/smoke.yaml"],
+        "tune": ["--store", tmp_path, "--config", SMOKE],
         "adapt": ["--task", "bbc-topic"],
         "evaluate": ["--tasks", "bbc-topic"],
         "report": [tmp_path],
@@ -154,8 +156,9 @@ def test_overwriting_spares_the_files_of_settings(tmp_path):
     own.write_text("{}")
     for verb, arguments in {
         "train": ["--store", tmp_path, "--config", own],
-        "tune": ["--store", tmp_path, "--config", "tune_configs/smoke.yaml"],
+        "tune": ["--store", tmp_path, "--config", SMOKE],
         "adapt": ["--task", own],
+        "adapt --checkpoint": ["--task", "bbc-topic", "--checkpoint", own],
         "evaluate --suite": ["--suite", own],
         "evaluate --curve": ["--suite", "open", "--curve", own],
         "evaluate --methods": ["--suite", "open", "--methods", f"supmer,{own}"],
@@ -168,9 +171,9 @@ def test_overwriting_spares_the_files_of_settings(tmp_path):
             shutil.copy(arguments[-1], given)
             arguments = [*arguments[:-1], given]
         message = refused(verb, *arguments, "--out", tmp_path, "--overwrite")
-        assert re.search(r"The file .*\.yaml lies within the output .*, which --overwrite would delete", message), (
-            message
-        )
+        assert re.search(
+            r"The (file|checkpoint) .*\.yaml lies within the output .*, which --overwrite would delete", message
+        ), message
     assert own.is_file() and given.is_file()
 
 
@@ -298,7 +301,12 @@ def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     message = refused("prepare", "--source", "bbc", "--out", tmp_path / "out")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE", (
+        "threads that spin would take the cores of a node's other processes"
+    )
     assert "is no address of a cluster that a driver can join; write HOST:PORT of its head" in message
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     message = refused("prepare", "--source", "bbc", "--out", tmp_path / "out")

@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from supmer_ray.config import EvaluateConfig
 from supmer_ray.embedded import LEARNED, SETTINGS, WEIGHTS, assemble, resolve, settings_for, words
 from supmer_ray.embedded.assemble import load_encoder
-from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining
+from supmer_ray.embedded.pretrain import PretrainConfig, Pretraining, pretrain
 from supmer_ray.errors import UserError
 from supmer_ray.meta.state import load_checkpoint
 from supmer_ray.model.backbone import load_backbone
@@ -57,25 +57,6 @@ def test_the_prompt_that_ships_was_learned_on_the_backbone_and_by_the_settings_t
     assert checkpoint.config.meta == settings.run.meta
     assert checkpoint.config.tasks == settings.run.tasks
     assert "200 meta-steps" in (LEARNED / "CARD.md").read_text(encoding="utf-8")
-
-
-def test_a_shared_cache_serves_other_users(monkeypatch, tmp_path):
-    monkeypatch.setattr(assemble, "load_encoder", lambda: (None, Saved("tokenizer.json")))
-    monkeypatch.setattr(assemble, "new_model", lambda encoder, tokenizer, layers: Saved("model.safetensors"))
-    monkeypatch.setattr(assemble, "load_own", lambda model, state: None)
-    assemble.assemble(WEIGHTS, tmp_path / "embedded")
-    modes = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "embedded", *tmp_path.glob("embedded/*")]}
-    assert modes == {"embedded": 0o755, "model.safetensors": 0o644, "tokenizer.json": 0o644}
-
-
-class Saved:
-    """A model or tokenizer that is written for its owner alone, as safetensors writes."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def save_pretrained(self, folder):
-        (folder / self.name).touch(mode=0o600)
 
 
 def test_folder_loads_with_the_auto_classes(folder):
@@ -195,12 +176,28 @@ def test_a_variant_trains_and_loads_as_a_backbone(pretraining, tmp_path, tuned, 
     variant.train_block([pretraining.batch("words", drawn, np.random.default_rng(0))])
     variant.export(tmp_path / "weights.safetensors")
     assemble.assemble(tmp_path / "weights.safetensors", tmp_path / "model")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert ((tmp_path / "model").stat().st_mode & 0o777, modes) == (0o755, {0o644}), "others may share the cache"
     loaded = load_backbone(str(tmp_path / "model")).model
     assert len(loaded.decoder.bert.encoder.layer) == decoder
     fetched, _ = load_encoder()
     for number, (layer, before) in enumerate(zip(loaded.encoder.encoder.layer, fetched.encoder.layer, strict=True)):
         same = layer.output.dense.weight.equal(before.output.dense.weight)
         assert same == (number < 6 - tuned)
+
+
+def test_a_training_leaves_weights_card_and_model_and_goes_on(pretraining, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("supmer_ray.embedded.pretrain.TASK_BATCH", dict.fromkeys(ANSWERS, (2, 4)))
+    own = {"words": pretraining.words, "stores": pretraining.stores}
+    monkeypatch.setattr(Pretraining, "read_text", lambda run: vars(run).update(own))
+    pretrain(tmp_path, replace(TINY, blocks=1), "the first command")
+    pretrain(tmp_path, TINY, "the command")
+    assert capsys.readouterr().out.count("block ") == 2, "the first block is not trained again"
+    card = (tmp_path / "CARD.md").read_text(encoding="utf-8")
+    assert "4 steps of 2 examples" in card and "    the command\n" in card and "Up to block 1, of 2 steps" in card
+    load_backbone(str(tmp_path / "model"))
+    with pytest.raises(UserError, match="other settings"):
+        pretrain(tmp_path, replace(TINY, decoder_layers=3))
 
 
 def test_layers_that_the_encoder_lacks_are_refused():

@@ -363,6 +363,8 @@ def test_predict_keeps_rows_and_order(adapted, tmp_path, ending):
     assert [file.name for file in target.parent.iterdir()] == [target.name]
     with pytest.raises(UserError, match=r"exists; choose another name, or add --overwrite"):
         predict(adapted, source, target)
+    with pytest.raises(UserError, match=r"is the input as well; name another file"):
+        predict(adapted, source, source, overwrite=True)
     predict(adapted, source, target, overwrite=True)
 
 

@@ -1,11 +1,20 @@
-"""What `make` says of a Python that is none of ours: a sentence, before an environment is made."""
+"""Installing: what `make` says of a Python that is none of ours, and what the package holds."""
 
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_every_data_file_is_part_of_the_package():
+    package = ROOT / "supmer_ray"
+    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["supmer_ray"]
+    files = {file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    data = {file for file in files if file.suffix != ".py"}
+    assert data and data == {file for pattern in globs for file in package.glob(pattern)}
 
 
 def test_another_python_is_refused_before_anything_is_installed(tmp_path):
