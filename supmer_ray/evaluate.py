@@ -151,7 +151,7 @@ def _run_cells(
         return
     resources = connect()
     share = plan.config.gpu_share if resources.gpus >= 1 else 0.0
-    precision = plan.config.precision or _settled_precision(out, "bfloat16" if share else "float32")
+    precision = _settled_precision(out, "bfloat16" if share else "float32")
     # Few cells on many cores: each gets several threads, but with a GPU one, as its node may have few.
     threads = 1 if share else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
     remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=share)
@@ -160,8 +160,8 @@ def _run_cells(
     def start(cell: Cell) -> Future[_Rows]:
         origin = checkpoints.get((cell.point.run_variant, cell.method.name))
         targets = [tasks[name] for name in cell.entry.targets]
-        source, own = tasks[cell.entry.train], cell.point.config.precision or precision
-        return remote.remote(cell, source, plan.seeds, origin, own, threads, share, *targets).future()
+        source = tasks[cell.entry.train]
+        return remote.remote(cell, source, plan.seeds, origin, precision, threads, share, *targets).future()
 
     failed = _in_turn(
         waiting,
@@ -236,17 +236,21 @@ def _run_cell(
     source: TaskRows,
     seeds: int,
     checkpoint: Place | None,
-    precision: Precision,
+    settled: Precision,
     threads: int,
     gpu_share: float,
     *targets: TaskRows,
 ) -> _Rows:
-    """The rows of one cell, computed in a Ray worker with so many threads and, unless it is 0, a share of a GPU."""
+    """The rows of one cell, computed in a Ray worker with so many threads and, unless it is 0, a share of a GPU.
+
+    Args:
+        settled: the precision where the cell's configuration names none.
+    """
     from supmer_ray.fewshot.evaluate import evaluate_method
     from supmer_ray.meta.state import load_checkpoint
 
     config = cell.point.config
-    backbone = _backbone(config.backbone, precision, threads, gpu_share)
+    backbone = _backbone(config.backbone, config.precision or settled, threads, gpu_share)
     outcomes = evaluate_method(
         backbone,
         cell.method,

@@ -159,7 +159,7 @@ def test_a_cell_computes_in_the_precision_that_was_asked_for(plan, monkeypatch, 
     monkeypatch.setattr("supmer_ray.model.backbone.load_backbone", watched)
     cell = plan(["zero-shot"], store=False, precision=precision).cells()[1]
     task = TaskRows.of(load_definition(cell.entry.train))
-    rows = _run_cell(cell, task, 1, None, 1, False, task)
+    rows = _run_cell(cell, task, 1, None, "float32", 1, 0.0, task)
     assert [backbone.dtype for backbone in loaded] == [getattr(torch, precision)]
     assert 0 <= rows[0]["test_accuracy"] <= 1
 

@@ -1,6 +1,7 @@
 """The embedded backbone: it assembles, loads as any encoder-decoder does, and its training resumes exactly."""
 
 from dataclasses import replace
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -188,6 +189,7 @@ def test_a_variant_trains_and_loads_as_a_backbone(pretraining, tmp_path, tuned, 
 
 def test_a_training_leaves_weights_card_and_model_and_goes_on(pretraining, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("supmer_ray.embedded.pretrain.TASK_BATCH", dict.fromkeys(ANSWERS, (2, 4)))
+    monkeypatch.setattr(Pretraining, "evaluate", partialmethod(Pretraining.evaluate, batches=1))
     own = {"words": pretraining.words, "stores": pretraining.stores}
     monkeypatch.setattr(Pretraining, "read_text", lambda run: vars(run).update(own))
     pretrain(tmp_path, replace(TINY, blocks=1), "the first command")
