@@ -70,7 +70,7 @@ def prepare(
         str | None, typer.Option(help="'embedded', a folder, or a hub name; unset: 'embedded'.")
     ] = None,
     domains: Annotated[int | None, typer.Option(help="Domains (clusters) of each data family; unset: 250.")] = None,
-    max_documents: Annotated[int | None, typer.Option(help="Read at most this many documents of each source.")] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Documents of each source at most.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of k-means and of the split into train and validation items; unset: 0.")
     ] = None,

@@ -471,7 +471,9 @@ class PrepareConfig(Section):
     )
     backbone: BackboneName = Field("embedded", description="whose tokenizer cuts and whose encoder embeds the text")
     domains: int = Field(250, ge=2, description="clusters of each data family")
-    max_documents: int | None = Field(None, ge=1, description="stop reading each source after this many documents")
+    max_documents: int | None = Field(
+        None, ge=1, description="documents read of each source at most: its first, and of the catalog a sample"
+    )
     sentence_length: int = Field(128, ge=8, description="tokens kept of a sentence")
     kmeans_sample: int = Field(200_000, ge=100, description="items that k-means is fitted on; all are assigned")
     embedders: int | None = Field(

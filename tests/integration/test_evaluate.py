@@ -1,7 +1,9 @@
 """Comparing methods on a real cluster: every way to learn, a killed evaluation that goes on, and refusals."""
 
+import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from comparing import ADAPT, META, METHODS
 from faults import kill_workers, rows_of
 
+from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.evaluate import _run_cell, evaluate
 from supmer_ray.fewshot.definition import TaskRows, load_definition
@@ -135,6 +138,34 @@ def test_a_curve_gives_each_value_its_rows(along_shots):
     out, rows = along_shots
     assert rows.groupby("point", sort=False)["shots"].first().to_dict() == {"shots = 2": 2, "shots = 8": 8}
     assert "## shots = 8" in (out / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_curve_over_domains_makes_a_store_and_a_run_for_each_value(ray_cluster, plan, tmp_path):
+    """From sources to tables, and once more from what a part of it left."""
+    curve, out = (
+        Curve(name="domains", description="By domains.", key="prepare.domains", values=(4, 12)),
+        tmp_path / "out",
+    )
+    sources = {"sources": ["bbc"], "max_documents": 30}
+    whole = plan(["prompt-tuning", "supmer"], store=False, curve=curve, prepare=sources)
+    rows = evaluate(whole, out)
+    stores = {value: Store.open(out / "stores" / f"store--domains-{value}") for value in curve.values}
+    assert {value: store.manifest.settings.domains for value, store in stores.items()} == {4: 4, 12: 12}
+    runs = {value: out / "runs" / f"supmer--domains-{value}" for value in curve.values}
+    trained_on = {value: json.loads((run / "run.json").read_text())["store"]["digest"] for value, run in runs.items()}
+    assert trained_on == {value: store.manifest.digest for value, store in stores.items()}
+    assert rows.groupby(["point", "method"], sort=False).size().tolist() == [6, 6, 6, 6]
+    tested = rows.pivot(index=["method", "train", "test", "seed"], columns="point", values="test_accuracy")
+    assert (tested.loc["prompt-tuning", "domains = 4"] == tested.loc["prompt-tuning", "domains = 12"]).all()
+    table = (out / "table.md").read_text()
+    assert "## domains = 4" in table and "supmer (domains = 12) 2 steps" in table
+
+    shutil.rmtree(runs[12])
+    shutil.rmtree(out / "stores" / "store--domains-12")
+    (out / "cells" / "domains-12--games--supmer.parquet").unlink()
+    again = evaluate(whole, out, resume=True)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
 
 
 def test_a_curve_asks_for_the_runs_and_stores_that_differ(plan):
