@@ -23,7 +23,7 @@ from supmer_ray.config import (
     load_sweep_config,
     whole_name,
 )
-from supmer_ray.errors import Stopped, UserError, require_new_folder
+from supmer_ray.errors import Stopped, UserError, first_line, is_disk_full, require_new_folder
 from supmer_ray.files import Place, read_sealed, require_new_place, require_outside, without_keys
 from supmer_ray.reading import build, override
 
@@ -451,3 +451,12 @@ def main(arguments: list[str] | None = None) -> None:
             print("supmer: stopped.", file=sys.stderr)
             sys.exit(INTERRUPTED)
         raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            f"supmer: No room is left where the command writes ({first_line(error)}); make some and give it again, "
+            "with --resume where it has that and had begun.",
+            file=sys.stderr,
+        )
+        sys.exit(2)

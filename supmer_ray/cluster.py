@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from supmer_ray.config import WorkersConfig
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
 
 KNOCK_SECONDS = 20.0
 """How long a cluster may take to accept a connection."""
@@ -101,6 +101,12 @@ def connect() -> Resources:
             _knock(address)
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, TimeoutError) as error:
+            if "RAY_ADDRESS" not in os.environ:
+                # One of 'ray start', which Ray notes beyond its end, or the one that was to start now.
+                raise UserError(
+                    f"The Ray cluster of this machine does not answer ({first_line(error)}); if one was started here, "
+                    "clear it away with 'ray stop', and give the command again."
+                ) from None
             raise UserError(
                 f"The Ray cluster at RAY_ADDRESS={address} does not answer ({error}); start it, or unset RAY_ADDRESS."
             ) from None
@@ -173,7 +179,7 @@ def reserved_cpus(workers: WorkersConfig) -> float:
 
 
 class Waiting:
-    """Says once that reservations wait for room, when they have done so for a while.
+    """Says that reservations wait for room, once each time when they have done so for a while.
 
     What has just ended gives its CPUs back.
 
@@ -188,11 +194,11 @@ class Waiting:
 
     def notice(self) -> str | None:
         """The sentence, where it is time for it."""
-        if self._said or not waits():
-            self._since = math.inf
+        if not waits():
+            self._since, self._said = math.inf, False
             return None
         self._since = min(self._since, time.monotonic())
-        if time.monotonic() - self._since < SETTLE_SECONDS:
+        if self._said or time.monotonic() - self._since < SETTLE_SECONDS:
             return None
         import ray
 

@@ -8,6 +8,7 @@ callers may catch it. Everything else that escapes is a bug and keeps its traceb
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -34,6 +35,19 @@ def first_line(error: BaseException) -> str:
     """What an error of a library says, in a line that fits into a sentence."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return shorten(text, 200, placeholder=" …").rstrip(".")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one of those behind it, is that of a full disk (or quota, or file size limit)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        # Ray Train's errors hold what failed beside themselves, in the workers or in its controller's own notes.
+        behind = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+        if any(is_disk_full(failure) for failure in behind):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__
+    return False
 
 
 def exists(path: Path) -> bool:

@@ -6,6 +6,8 @@ time as the cluster holds; what was begun there goes on.
 
 from __future__ import annotations
 
+import math
+import shutil
 import threading
 import time
 from collections import deque
@@ -16,13 +18,15 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from supmer_ray.cluster import connect
-from supmer_ray.config import PrepareConfig, RunConfig
+from supmer_ray.config import RunConfig
 from supmer_ray.data.sources import open_source
-from supmer_ray.data.store import MANIFEST
-from supmer_ray.errors import Stopped
+from supmer_ray.data.store import MANIFEST, Outline
+from supmer_ray.errors import Stopped, UserError
+from supmer_ray.fewshot.method import Method
 from supmer_ray.fewshot.plan import RUNS, STORES, Plan, Point, file_name
 from supmer_ray.files import Place
 from supmer_ray.meta.run import CONFIG_FILE
+from supmer_ray.tasks.types import require_domains
 from supmer_ray.train import CHECKPOINT, FOLLOW_SECONDS, stop_signals, train
 
 
@@ -61,13 +65,13 @@ class _Run:
 
     name: str
     config: RunConfig
-    store: Place | Path
+    store: Place
     folder: Path
 
 
 def find_checkpoints(plan: Plan, out: Path, tell: Progress) -> dict[tuple[str, str], Place]:
     """Where the checkpoint of each run variant and method lies; those that are not there yet are meta-trained now."""
-    places, missing = dict[tuple[str, str], Place](), []
+    places, wanted = dict[tuple[str, str], Place](), list[tuple[Point, Method, Path]]()
     for point in plan.points():
         for method in plan.methods:
             key = point.run_variant, method.name
@@ -76,9 +80,17 @@ def find_checkpoints(plan: Plan, out: Path, tell: Progress) -> dict[tuple[str, s
             folder = out / RUNS / file_name(method.name, point.run_variant)
             places[key] = plan.given.get(method.name) or Place.of(folder / CHECKPOINT)
             if method.name not in plan.given and not (folder / CHECKPOINT / "config.json").is_file():
-                name = ", ".join(filter(None, [method.name, point.run_variant]))
-                store = plan.store or _store(point, out, tell)
-                missing.append(_Run(name, method.run_config(point.config.run), store, folder))
+                wanted.append((point, method, folder))
+    if not plan.store:
+        # All stores before any run, and first the one that the text is likeliest too small for.
+        for point in sorted((point for point, _, _ in wanted), key=_ease):
+            _make_store(point, out, tell)
+    missing = []
+    for point, method, folder in wanted:
+        config, store = method.run_config(point.config.run), plan.store or Place.of(_store_folder(out, point))
+        require_domains(Outline.open(store), config.tasks.types)
+        name = ", ".join(filter(None, [method.name, point.run_variant]))
+        missing.append(_Run(name, config, store, folder))
     if missing:
         _meta_train(missing, out, tell)
     return places
@@ -141,7 +153,7 @@ def _meta_train(runs: Sequence[_Run], out: Path, tell: Progress) -> None:
             raise
     if failures and not isinstance(failures[0], Stopped):
         raise failures[0]
-    if failures or waiting:
+    if failures or waiting or stop.is_set():
         raise Stopped(f"the evaluation in {out} was stopped; continue it with --resume.")
 
 
@@ -155,15 +167,27 @@ def _room(runs: Sequence[_Run]) -> int:
     return max(1, holding + resources.grows)
 
 
-def _store(point: Point, out: Path, tell: Progress) -> Path:
+def _ease(point: Point) -> tuple[float, int]:
+    """How much text there is for the store of a point, and how few domains it shall have."""
+    assert point.config.prepare
+    return point.config.prepare.max_documents or math.inf, -point.config.prepare.domains
+
+
+def _make_store(point: Point, out: Path, tell: Progress) -> None:
+    """Make the store of a point, if it is not there yet."""
     from supmer_ray.data.prepare import prepare
 
     assert point.config.prepare
     folder = _store_folder(out, point)
-    if not (folder / MANIFEST).is_file():
-        config: PrepareConfig = point.config.prepare.model_copy(update={"backbone": point.config.backbone})
+    if (folder / MANIFEST).is_file():
+        return
+    for rest in folder.parent.glob(f".{folder.name}.*-*"):  # of one that was killed
+        shutil.rmtree(rest, ignore_errors=True)
+    config = point.config.prepare.model_copy(update={"backbone": point.config.backbone})
+    try:
         prepare(config, folder, progress=tell)
-    return folder
+    except UserError as error:
+        raise UserError(f"At {point.store_variant}: {error}" if point.store_variant else str(error)) from None
 
 
 def _store_folder(out: Path, point: Point) -> Path:

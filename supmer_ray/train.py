@@ -6,7 +6,6 @@ keeps its own snapshots beside them, from which `--resume` and a restarted worke
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, sharing, waits
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Outline
-from supmer_ray.errors import Stopped, UserError
+from supmer_ray.errors import Stopped, UserError, is_disk_full
 from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, MetricsLog
 from supmer_ray.meta.run import CONFIG_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
@@ -87,7 +86,7 @@ def train(
         UserError: unusable input, too few CPUs, or another run in `out`; nothing was written.
         Stopped: it was told to end; what was learned until then is kept for `resume`.
     """
-    place, store = Place(str(out)), Place.of(store).resolved
+    place, store = Place(str(out)).resolved, Place.of(store).resolved
     opened = Outline.open(store)
     require_domains(opened, config.tasks.types)
     require_new_place(place, overwrite=overwrite, resume=resume, can_resume=True, marker=CONFIG_FILE)
@@ -144,7 +143,7 @@ def make_trainer(plan: RunPlan, *, gpu: bool, callbacks: Sequence[Any] = ()) -> 
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=parent,
+            storage_path=parent or "/",
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
@@ -172,7 +171,7 @@ def _fit(plan: RunPlan, gpu: bool, stop: threading.Event, progress: Progress | N
     thread = threading.Thread(target=run, daemon=True)
     follow = _Follow(plan.out, progress)
     follow.look()
-    before, waiting = follow.rows, Waiting("The run", plan.config.workers)
+    waiting = Waiting("The run", plan.config.workers)
     pause = MetricsLog.REMOTE_SECONDS if plan.out.remote else FOLLOW_SECONDS
     told, looked = False, time.monotonic()
     thread.start()
@@ -186,9 +185,9 @@ def _fit(plan: RunPlan, gpu: bool, stop: threading.Event, progress: Progress | N
                 continue
             looked = time.monotonic()
             follow.look()
-            if told and follow.rows == before and waits():
+            if told and waits():
                 break  # no worker reads the stop file before others make room for it
-            if progress and follow.rows == before and (text := waiting.notice()):
+            if progress and (text := waiting.notice()):
                 progress({"kind": "notice", "step": 0, "text": text})
         follow.look()
     except Exception:
@@ -196,7 +195,7 @@ def _fit(plan: RunPlan, gpu: bool, stop: threading.Event, progress: Progress | N
         thread.join()
         raise
     if failures and plan.out.read(REFUSAL_FILE) is None:
-        if any(_is_disk_full(error) for error in failures):
+        if any(is_disk_full(error) for error in failures):
             raise UserError(
                 f"There is no room left where {plan.out} lies; make some and go on with --resume."
             ) from failures[0]
@@ -266,19 +265,6 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether a failure, or one of those behind it, is that of a full disk (or quota, or file size limit)."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        # Ray Train's errors hold what failed beside themselves, in the workers or in its controller's own notes.
-        behind = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-        if any(_is_disk_full(failure) for failure in behind):
-            return True
-        error = getattr(error, "cause", None) or error.__cause__
-    return False
-
-
 def _forget_damaged_notes(place: Place) -> None:
     """Remove Ray Train's note of a run's snapshots where it is damaged, or names some that are gone.
 
@@ -334,12 +320,11 @@ class _Follow:
 
     Attributes:
         step: the last one that was seen.
-        rows: how many were passed on.
     """
 
     def __init__(self, out: Place, progress: Progress | None) -> None:
         self._out, self._progress = out, progress
-        self._read = self.step = self.rows = 0
+        self._read = self.step = 0
         self._told: set[str] = set()
 
     def look(self) -> None:
@@ -356,8 +341,8 @@ class _Follow:
                 if row["text"] in self._told:
                     continue  # read again, because the file was rewritten
                 self._told.add(row["text"])
-            self.step = row["step"]
-            self.rows += 1
+            else:
+                self.step = row["step"]
             if self._progress:
                 self._progress(row)
 

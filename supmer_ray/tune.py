@@ -127,7 +127,7 @@ def concurrency(config: SweepConfig, resources: Resources) -> int:
                 f"and a trial's driver needs {DRIVER_CPUS:g} more; lower base.workers.cpus or base.workers.builders."
             )
     if resources.grows:
-        return config.concurrency or max(1, fitting)
+        return config.concurrency or max(1, min(fitting, config.samples))
     if config.concurrency and config.concurrency > fitting:
         raise UserError(
             f"concurrency is {config.concurrency} but {fitting} of these trials fit the cluster at a time; "

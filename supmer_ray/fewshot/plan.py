@@ -323,7 +323,7 @@ def require_same(out: Path, description: Mapping[str, Any]) -> dict[str, Any]:
         The description that `out` holds.
 
     Raises:
-        UserError: `out` holds none, or one that differs in more than the baseline.
+        UserError: `out` holds none, or one that differs in more than the baseline and how it is laid out.
     """
     file = out / DESCRIPTION
     if not file.is_file():
@@ -338,13 +338,24 @@ def require_same(out: Path, description: Mapping[str, Any]) -> dict[str, Any]:
             pattern = description["config"]["pattern"]
             before, value = _asked(before, pattern), _asked(value, pattern)
         if name == "config" and isinstance(before, dict):
-            # The baseline shapes the tables only, so it may change.
-            before = completed(EvaluateConfig, before, str(file)) | {"baseline": value["baseline"]}
+            before, value = _computed(completed(EvaluateConfig, before, str(file))), _computed(value)
         if before != value:
             raise UserError(
                 f"The evaluation in {out} was started with another '{name}'; resume with the same, or start a new one."
             )
     return started
+
+
+def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what shapes the tables only, and what may be otherwise on another cluster."""
+    kept = {
+        key: value for key, value in config.items() if key not in ("baseline", "gpu_share", "tokens_per_micro_batch")
+    }
+    run = {key: value for key, value in config["run"].items() if key != "monitoring"}
+    kept["run"] = run | {"workers": {"precision": run["workers"]["precision"]}}
+    if config["prepare"]:
+        kept["prepare"] = {key: value for key, value in config["prepare"].items() if key != "embedders"}
+    return kept
 
 
 def _asked(tasks: Mapping[str, Any], pattern: int) -> dict[str, Any]:

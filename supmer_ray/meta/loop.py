@@ -266,7 +266,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             record.write(row)
             leaving = learner.looking and host.leaving()
             looked = time.monotonic() if learner.looking else looked
-            if leaving and not announced:
+            if leaving and not announced and not plan.objective:
                 announced = True
                 text = f"A node of the run will leave soon; from step {done} on it has a snapshot every few seconds."
                 record.write({"kind": "notice", "step": done, "text": text})
@@ -277,7 +277,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
                     report({"step": done, **plan.objective(learner, found)})
             elif done % schedule.checkpoint_every == 0 or done == last or learner.stopping or leaving:
                 report({name: value for name, value in row.items() if name != "kind"})
-            if learner.stopping:
+            if learner.stopping and done < last:
                 text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."
                 record.write({"kind": "notice", "step": done, "text": text})
                 break
