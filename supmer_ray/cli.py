@@ -169,7 +169,7 @@ def adapt(
         int | None, typer.Option(help="K, examples a class to train on, and as many for the dev split; unset: 16.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Unset: 200; on the embedded backbone what suits it.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Data seed: which K examples, and their order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Data seed: which K examples, and their order.")] = 0,
     pattern: Annotated[int, typer.Option(min=0, help="Which of the task's patterns, counted from 0.")] = 0,
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Rows of a prompt that starts from vocabulary rows; unset: 10.")

@@ -197,7 +197,7 @@ class MonitoringConfig(Section):
 class RunConfig(Section):
     """Everything about a meta-training run except its store and its output folder."""
 
-    seed: int = Field(0, ge=0, description="of the start and of every meta-task")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the start and of every meta-task")
     prompt: PromptConfig = PromptConfig()
     regularizer: RegularizerConfig = RegularizerConfig()
     tasks: TasksConfig = TasksConfig()
@@ -359,7 +359,7 @@ class SweepConfig(Section):
     asha: AshaConfig | None = Field(None, description="unset: every trial runs to its end")
     pbt: PbtConfig | None = Field(None, description="with search: pbt")
     concurrency: int | None = Field(None, ge=1, description="trials at a time; unset: as many as fit the cluster")
-    seed: int = Field(0, ge=0, description="of the search; the runs' own is base.seed")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the search; the runs' own is base.seed")
 
     @model_validator(mode="after")
     def _space_is_of_settings(self) -> SweepConfig:
@@ -479,7 +479,7 @@ class PrepareConfig(Section):
     embedders: int | None = Field(
         None, ge=1, description="embedding actors, one GPU or CPU each; unset: one for each, at most 8 on CPUs"
     )
-    seed: int = Field(0, ge=0, description="of k-means and of the split into train and validation items")
+    seed: int = Field(0, ge=0, lt=2**32, description="of k-means and of the split into train and validation items")
 
     @model_validator(mode="after")
     def _sample_holds_the_domains(self) -> PrepareConfig:

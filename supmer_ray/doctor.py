@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
 from supmer_ray.golden import TOLERANCE, differences, load_golden
 
 _PACKAGES = ("supmer-ray", "torch", "transformers", "ray", "datasets", "pyarrow", "pandas", "safetensors")
@@ -25,8 +25,8 @@ def replay(file: Path) -> int:
     golden = load_golden(file)
     try:
         found = differences(golden)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} or its JSON is not whole: it lacks {error}.") from None
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file} or its JSON is not whole ({type(error).__name__}: {first_line(error)}).") from None
     width = max(map(len, found))
     print(f"{file}: {golden.tasks} tasks, T5 with d = {golden.backbone.d_model}, float64")
     for quantity, difference in found.items():

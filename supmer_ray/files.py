@@ -246,6 +246,8 @@ class Place:
     @property
     def parent(self) -> Place:
         """The folder that holds this one."""
+        if not self.remote:
+            return Place(str(self.local.parent))
         address, mark, query = self._parts()
         return Place(address.rpartition("/")[0] + mark + query)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -58,6 +59,8 @@ def load_golden(file: Path) -> Golden:
     try:
         tensors = {name: t.double() if t.is_floating_point() else t for name, t in load_file(file).items()}
         facts = json.loads(facts_file.read_text(encoding="utf-8"))
+        if not facts["per_task"]:
+            raise ValueError("it has no task")
         model = T5ForConditionalGeneration(T5Config(**facts["t5_config"])).double()
         state = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
         missing, unexpected = model.load_state_dict(state, strict=False)
@@ -70,7 +73,7 @@ def load_golden(file: Path) -> Golden:
         backbone = Backbone(model, None, str(file))
         backbone.pad = model.config.pad_token_id or 0
         return Golden(tensors, facts, backbone, regularizer)
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (SafetensorError, StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{file} or its JSON is not a golden file of the meta-step: {error}.") from None
 
 

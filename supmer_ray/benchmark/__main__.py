@@ -13,7 +13,7 @@ import torch
 
 from supmer_ray.benchmark.step import StepSettings, measure_step, timed
 from supmer_ray.benchmark.workload import SIZES, Lengths
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, require_writable
 from supmer_ray.files import write_json
 
 
@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 def _require_measurable(options: argparse.Namespace) -> None:
     """
     Raises:
-        UserError: a number that counts something is below 1, or the device is of no kind that is measured.
+        UserError: a number that counts something is below 1, the device is of no kind that is measured or not there,
+            or the JSON cannot be written.
     """
     for name, given in vars(options).items():
         for number in given if isinstance(given, list) else [given]:
@@ -77,6 +78,12 @@ def _require_measurable(options: argparse.Namespace) -> None:
                 raise UserError(f"--{name.replace('_', '-')} is {number}; write 1 or more.")
     if options.device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device is {options.device}; write cpu or cuda.")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device is {options.device}, and torch finds no GPU here; leave it out to measure the CPU.")
+    if options.out:
+        if options.out.is_dir():
+            raise UserError(f"--out {options.out} is a folder; name a JSON file.")
+        require_writable(options.out)
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:

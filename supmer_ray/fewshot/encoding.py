@@ -9,14 +9,14 @@ candidate by candidate becomes one example for each candidate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import scipy.special
 import torch
-from huggingface_hub.errors import HTTPError
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from supmer_ray.embedded import resolve
 from supmer_ray.errors import UserError, first_line
@@ -112,7 +112,9 @@ def outline(name: str) -> Backbone:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, HTTPError) as error:
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(place)
+    except Exception as error:  # as in load_backbone
         raise UserError(
             f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
             "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."

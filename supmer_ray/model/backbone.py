@@ -19,10 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from supmer_ray.embedded import resolve
@@ -37,6 +35,10 @@ transformers_logging.disable_progress_bar()
 
 WITH_SCORES = 16384
 """Most tokens of a micro-batch on a GPU where attention keeps the scores of each example and head for the backward."""
+
+
+BYT5_SENTINELS = (258, 257)
+"""Its masks count down from the last byte."""
 
 
 class Forward(Protocol):
@@ -71,7 +73,8 @@ class Backbone:
         d_model: width d of the encoder's embeddings and states.
         start: the id that the decoder reads first.
         sentinel, closing: the ids around an answer; the decoder's target is (sentinel, answer, closing).
-            T5 has `<extra_id_0>` and `<extra_id_1>`; a model with a mask token uses it and its end token.
+            T5 has `<extra_id_0>` and `<extra_id_1>`, ByT5 the bytes FF and FE, which no text has; a model with a mask
+            token uses it and its end token.
         prefix, suffix: special ids that the tokenizer puts before and after a text.
         max_positions: longest encoder input, prompt included; None where positions are relative (T5).
     """
@@ -98,15 +101,29 @@ class Backbone:
         places = (part for name, part in model.get_encoder().named_modules() if name.endswith("position_embeddings"))
         if self.max_positions and (padding := getattr(next(places, None), "padding_idx", None)) is not None:
             self.max_positions -= padding + 1  # RoBERTa counts positions from behind the padding's number
-        self.start: int = model.config.decoder_start_token_id
+        of_generation = getattr(model, "generation_config", None)
+        starts = (getattr(config, "decoder_start_token_id", None) for config in (model.config, of_generation))
+        start = next((start for start in starts if start is not None), None)
+        if start is None:
+            raise UserError(
+                f"The model '{name}' does not say what its decoder reads first; write decoder_start_token_id into its "
+                "config.json."
+            )
+        self.start: int = start
         if tokenizer is not None:
             self._read_tokenizer()
 
     def _read_tokenizer(self) -> None:
         vocabulary = self.tokenizer.get_vocab()
         self.pad: int = self.tokenizer.pad_token_id
-        if {"<extra_id_0>", "<extra_id_1>"} <= vocabulary.keys():
-            self.sentinel, self.closing = vocabulary["<extra_id_0>"], vocabulary["<extra_id_1>"]
+        # mT5 has them among its pieces of words, "▁" before them.
+        pairs = [(f"{lead}<extra_id_0>", f"{lead}<extra_id_1>") for lead in ("", "▁")]
+        found = next((pair for pair in pairs if vocabulary.keys() >= set(pair)), None)
+        if isinstance(self.tokenizer, ByT5Tokenizer):
+            # It has <extra_id_…> too, which the model was never trained with.
+            self.sentinel, self.closing = BYT5_SENTINELS
+        elif found:
+            self.sentinel, self.closing = (vocabulary[token] for token in found)
         elif self.tokenizer.mask_token_id is not None:
             end = self.tokenizer.sep_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
             self.sentinel, self.closing = self.tokenizer.mask_token_id, end
@@ -298,7 +315,8 @@ def load_backbone(
         gpu_share: what this process may take of its GPU.
 
     Raises:
-        UserError: there is no such folder, or the hub could not be reached or has no such model.
+        UserError: there is no such folder or what it holds is damaged, or the hub could not be reached or has no such
+            model.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -310,7 +328,7 @@ def load_backbone(
         # Unset, transformers would ask at a terminal whether to run a model's own code.
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
+    except Exception as error:  # of what kind damaged files make it, from ValueError to a bare Exception, varies
         raise UserError(
             f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
             "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 
 from supmer_ray.model.packed import Layout
 
@@ -28,7 +28,8 @@ class LibraryForward:
         """Packed (N, d) states, (B, T) decoder ids → (B, T − first, vocabulary) logits, from position `first` on."""
         rectangle, held = layout.rectangle(states)
         return self._model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=rectangle),
+            # Mixtures of experts look for their routers' scores in it, which are absent here; others do not mind.
+            encoder_outputs=MoEModelOutput(last_hidden_state=rectangle),
             attention_mask=_mask(rectangle, held),
             decoder_input_ids=decoder_ids,
             use_cache=False,

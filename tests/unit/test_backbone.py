@@ -11,16 +11,22 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 from tiny import make_tiny_bart, make_tiny_t5
 from transformers import (
     AutoModelForSeq2SeqLM,
+    ByT5Tokenizer,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
     PegasusConfig,
     PegasusForConditionalGeneration,
     RobertaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from supmer_ray.data.embed import _means, mean_pooled
@@ -49,6 +55,61 @@ def test_a_t5_answers_at_its_sentinels(folder):
     assert (backbone.prefix, backbone.suffix) == ([], [backbone.tokenizer.eos_token_id])
     assert backbone.max_positions is None
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "pieces"), [("t5", ["<extra_id_0>", "<extra_id_1>"]), ("mt5", ["▁<extra_id_0>", "▁<extra_id_1>"])]
+)
+def test_a_vocabulary_that_is_a_sentencepiece_model_alone(tmp_path, family, pieces):
+    """As T5 v1.1 and mT5 are published: T5's tokenizer adds its sentinels, mT5's pieces hold them."""
+    own = [] if family == "t5" else pieces
+    with (tmp_path / "spiece.model").open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS),
+            model_writer=file,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            user_defined_symbols=own,
+            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
+        )
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0 if own else 100}
+    settings |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config, model = {"t5": (T5Config, T5ForConditionalGeneration), "mt5": (MT5Config, MT5ForConditionalGeneration)}[
+        family
+    ]
+    shape = {"vocab_size": 200, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model(config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path)
+    for load in (load_backbone, outline):
+        backbone = load(str(tmp_path))
+        assert backbone.tokenizer.convert_ids_to_tokens([backbone.sentinel, backbone.closing]) == pieces
+        assert (backbone.pad, backbone.prefix, backbone.suffix) == (0, [], [1])
+        [ids] = backbone.tokenize(["The lazy dog jumps."])
+        assert backbone.tokenizer.decode(ids) == "The lazy dog jumps."
+
+
+def test_byt5_answers_at_the_bytes_that_it_was_trained_with(tmp_path):
+    shape = {"vocab_size": 384, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    assert (backbone.sentinel, backbone.closing) == (258, 257)
+    assert "<extra_id_0>" in backbone.tokenizer.get_vocab()
+
+
+def test_what_the_decoder_reads_first_stands_in_either_file_or_is_asked_for(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    files = [tmp_path / name for name in ("config.json", "generation_config.json")]
+    values = [json.loads(file.read_text()) for file in files]
+    assert load_backbone(str(tmp_path)).start == 0
+    files[0].write_text(json.dumps({**values[0], "decoder_start_token_id": None}))
+    files[1].write_text(json.dumps({**values[1], "decoder_start_token_id": 7}))
+    assert [load(str(tmp_path)).start for load in (load_backbone, outline)] == [7, 7]
+    files[1].unlink()
+    for load in (load_backbone, outline):
+        with pytest.raises(UserError, match=r"does not say what its decoder reads first; write decoder_start_token_id"):
+            load(str(tmp_path))
 
 
 def test_a_backbone_with_nothing_to_put_an_answer_at_is_refused(tmp_path):
@@ -82,7 +143,8 @@ def test_embeddings_are_as_long_as_the_encoder_reads_them(scaled_by):
     }[scaled_by]
     small = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     torch.manual_seed(0)
-    made = model(config(vocab_size=50, d_model=16, encoder_ffn_dim=8, decoder_ffn_dim=8, scale_embedding=True, **small))
+    small |= {"vocab_size": 50, "d_model": 16, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    made = model(config(**small, scale_embedding=True, decoder_start_token_id=0))
     backbone = Backbone(made, None, "scaled")
     ids = torch.tensor([5, 6, 7, 8])
     wanted = made.get_encoder()(input_ids=ids[None]).last_hidden_state[0]
@@ -165,6 +227,28 @@ def test_damaged_weights_are_one_sentence(folder, tmp_path, damage):
         weights.write_bytes(weights.read_bytes()[: 400 if damage == "cut" else 0])
     with pytest.raises(UserError, match=f"Cannot load the backbone '{tmp_path}'") as caught:
         load_backbone(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {"num_layers": "six"}),
+        ("config.json", {"d_model": None}),
+        ("config.json", []),
+        ("tokenizer.json", []),
+        ("tokenizer.json", {"model": None}),
+    ],
+)
+@pytest.mark.parametrize("load", [load_backbone, outline])
+def test_a_damaged_file_of_a_backbone_is_one_sentence(folder, tmp_path, name, content, load):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if isinstance(content, dict):
+        content = {**json.loads((tmp_path / name).read_text()), **content}
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"Cannot load the backbone '{tmp_path}'") as caught:
+        load(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 

@@ -8,10 +8,10 @@ import pyarrow.fs
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, is_disk_full
 from supmer_ray.files import Place, seal
 from supmer_ray.meta.state import PROGRESS
-from supmer_ray.train import _conclude, _is_disk_full
+from supmer_ray.train import _conclude
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +25,17 @@ def no_room():
 
 
 def test_the_notes_of_the_controller_find_no_room(no_room):
-    assert _is_disk_full(pickle.loads(pickle.dumps(ControllerError(no_room))))
+    assert is_disk_full(pickle.loads(pickle.dumps(ControllerError(no_room))))
 
 
 def test_a_worker_finds_no_room(no_room):
     failed = {0: RuntimeError("ended with the others"), 1: no_room}
-    assert _is_disk_full(WorkerGroupError("one of two workers failed", failed))
+    assert is_disk_full(WorkerGroupError("one of two workers failed", failed))
 
 
 def test_other_failures_are_none_of_the_disk():
-    assert not _is_disk_full(ControllerError(OSError(errno.EACCES, "Permission denied")))
-    assert not _is_disk_full(WorkerGroupError("a worker failed", {0: ValueError("28")}))
+    assert not is_disk_full(ControllerError(OSError(errno.EACCES, "Permission denied")))
+    assert not is_disk_full(WorkerGroupError("a worker failed", {0: ValueError("28")}))
 
 
 def snapshot(run, name, step):

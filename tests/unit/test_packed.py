@@ -14,6 +14,8 @@ from transformers import (
     EncoderDecoderModel,
     MT5Config,
     MT5ForConditionalGeneration,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
 )
 from transformers import T5ForConditionalGeneration as T5
@@ -85,6 +87,22 @@ def test_packed_is_the_library(name, layout):
     embeddings = torch.randn(layout.positions, D, dtype=torch.float64)
     expected = run(LibraryForward(copy.deepcopy(model)), embeddings, layout)
     for found, wanted in zip(run(forward_of(model), embeddings, layout), expected, strict=True):
+        assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_a_mixture_of_experts_computes_each_example_as_it_does_alone():
+    torch.manual_seed(0)
+    shape = T5_SHAPE | {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2}
+    config = SwitchTransformersConfig(**shape, expert_capacity=64, dropout_rate=0.0, router_jitter_noise=0.0)
+    model = SwitchTransformersForConditionalGeneration(config).eval().requires_grad_(False).double()
+    layout, forward = LAYOUTS["different"], forward_of(model)
+    assert isinstance(forward, LibraryForward)
+    embeddings = torch.randn(layout.positions, D, dtype=torch.float64)
+    ids = torch.tensor([[0, 5, 7]])
+    logits = forward.decode(forward.encode(embeddings, layout), layout, ids.expand(len(layout), 3))
+    for own, found in zip(embeddings.split(list(layout.widths)), logits, strict=True):
+        encoded = model.get_encoder()(inputs_embeds=own[None])
+        wanted = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[0]
         assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
