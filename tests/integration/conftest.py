@@ -7,6 +7,7 @@ from typing import Any
 import boto3
 import pytest
 import ray
+import torch
 from comparing import along_shots, compared, plan, tasks  # noqa: F401
 from faults import SETTINGS
 from moto.server import ThreadedMotoServer
@@ -77,11 +78,21 @@ def ray_cluster():
         # has read the environment when Ray was imported.
         reporting = {"metrics_report_interval_ms": 1000}
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        # Ray Train's controller takes a worker's snapshots one at a time, one each time that it looks.
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         ray.init(
             "local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _system_config=reporting
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def threads_are_as_they_were():
+    """A test that trains in its own process takes a node's share of its cores."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """From real text to a store on a real cluster, and what stops it before it starts."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -140,15 +141,15 @@ def test_what_is_refused(prepared, files, tmp_path):
 
 
 def test_only_a_store_is_overwritten(prepared, tmp_path, files):
-    _, config, _ = prepared
+    store, config, _ = prepared
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="something else than this command writes"):
         prepare(config, tmp_path, overwrite=True)
     out = tmp_path / "store"
-    small = config.model_copy(update={"domains": 2, "max_documents": 20})
-    first = prepare(small, out)
-    second = prepare(small.model_copy(update={"sources": (str(files),), "max_documents": 25}), out, overwrite=True)
-    assert (first.documents, second.documents, Store.open(out).manifest.documents) == (20, 25, 25)
+    shutil.copytree(store.path, out)
+    other = config.model_copy(update={"domains": 2, "sources": (str(files),), "max_documents": 25})
+    made = prepare(other, out, overwrite=True)
+    assert (store.manifest.documents, made.documents, Store.open(out).manifest.documents) == (DOCUMENTS, 25, 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bbc.jsonl", "store", "thesis.tex"]
 
 

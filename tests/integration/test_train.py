@@ -4,15 +4,18 @@ import json
 import re
 import shutil
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import ray
 from cluster import assert_all_is_free
 from faults import SETTINGS, assert_nearly_same_weights, assert_same_weights, kill_workers, rows_of
+from safetensors.numpy import load_file, save_file
 
 from supmer_ray.cli import main
-from supmer_ray.config import PAPER_TASK_TYPES, PrepareConfig, load_run_config
-from supmer_ray.data.prepare import prepare
+from supmer_ray.config import PAPER_TASK_TYPES, load_run_config
+from supmer_ray.data.store import MANIFEST, file_records
 from supmer_ray.errors import UserError
 from supmer_ray.files import read_sealed
 from supmer_ray.meta.loop import make_formats
@@ -21,10 +24,53 @@ from supmer_ray.tasks.stream import ShardSource, stream_shards
 from supmer_ray.train import train
 
 
-@pytest.fixture
-def close_by(monkeypatch):
-    """The driver looks at the rows so often that it sees a step before the next ones are over."""
-    monkeypatch.setattr("supmer_ray.train.FOLLOW_SECONDS", 0.02)
+@pytest.fixture(scope="module")
+def close_by():
+    """The driver looks at the rows so often that it sees a step before the next ones are over, of which snapshots wait
+    for Ray Train's controller.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("supmer_ray.train.FOLLOW_SECONDS", 0.02)
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "2")
+        yield
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run that waited for room, and whose worker was killed at its seventh step.
+
+    Attributes:
+        said: its notices before the first step.
+        free: CPUs that nobody had reserved, at each step.
+    """
+
+    out: Path
+    said: list[str]
+    free: list[float]
+
+
+@pytest.fixture(scope="module")
+def killed(close_by, tiny_store, tmp_path_factory):
+    """Of the cluster's two CPUs another has one and a half at first; the run's worker and its builder want as many."""
+    out, said, free = tmp_path_factory.mktemp("killed") / "run", [], []
+    assert_all_is_free()
+    holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=1.5).remote()
+
+    def progress(row):
+        if row["kind"] == "notice" and not free:
+            said.append(row["text"])
+            ray.cancel(holder, force=True)
+        elif row["kind"] == "step":
+            free.append(ray.available_resources().get("CPU", 0.0))
+            if row["step"] == 7:
+                kill_workers()
+
+    try:
+        with pytest.raises(Exception, match="Training failed"):
+            train(load_run_config(None, [*SETTINGS, "workers.max_failures=0"]), tiny_store, out, progress=progress)
+    finally:
+        ray.cancel(holder, force=True)  # or all later tests have half a CPU, for ten minutes
+    return Killed(out, said, free)
 
 
 def test_the_meta_loss_falls_on_validation_tasks_of_every_type(undisturbed):
@@ -43,20 +89,22 @@ def test_every_step_is_recorded_once_with_its_metrics(undisturbed):
     assert sorted(path.suffix for path in undisturbed.checkpoint.iterdir()) == [".json"] * 2 + [".safetensors"] * 3
 
 
+def test_a_run_that_waits_for_room_says_so_and_then_takes_what_it_has_reserved(killed):
+    """While it goes on, what it has reserved is all that it takes: half a CPU is left for others."""
+    assert killed.said == [
+        "The run waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
+    ]
+    assert len(killed.free) >= 7
+    assert killed.free[0] == 0.5 and min(killed.free) >= 0.5
+
+
 def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_kill(
-    close_by, undisturbed, tiny_store, tmp_path
+    close_by, killed, undisturbed, tiny_store
 ):
     """The newest snapshot and Ray Train's note of it are cut short: the one before is used, and the log says so. On the
     way from there a worker is killed again, and Ray Train restarts it. Two builders feed it as one did.
     """
-    out = tmp_path / "stopped"
-
-    def stop(row):
-        if row["kind"] == "step" and row["step"] == 7:
-            kill_workers()
-
-    with pytest.raises(Exception, match="Training failed"):
-        train(load_run_config(None, [*SETTINGS, "workers.max_failures=0"]), tiny_store, out, progress=stop)
+    out = killed.out
     assert not (out / "checkpoint").exists()
     for folder in out.glob("checkpoint_2*"):  # the kill may have come while one was written
         try:
@@ -68,16 +116,16 @@ def test_a_dead_run_resumes_bit_for_bit_from_an_older_snapshot_and_outlives_a_ki
         file.write_bytes(file.read_bytes()[:-100])
     reached = json.loads((before / "progress.json").read_text())["step"]
 
-    said, killed = [], []
+    said, again_killed = [], []
 
     def kill(row):
         said.append(row)
-        if row["kind"] == "step" and row["step"] == reached + 1 and not killed:
-            killed.extend(kill_workers())
+        if row["kind"] == "step" and row["step"] == reached + 1 and not again_killed:
+            again_killed.extend(kill_workers())
 
     again = load_run_config(None, [*SETTINGS, "workers.builders=2"])
     result = train(again, tiny_store, out, resume=True, progress=kill)
-    assert killed
+    assert again_killed
     told = [row["text"] for row in said if row["kind"] == "notice"]
     assert any(
         f"{newest.name}/optimizer.safetensors is damaged" in text and f"goes on from step {reached} instead" in text
@@ -114,11 +162,15 @@ def test_two_workers_learn_what_one_learns(undisturbed, tiny_store, tmp_path):
 
 
 @pytest.fixture
-def poor_store(ray_cluster, tiny_t5, tmp_path):
-    """A store of three domains."""
-    config = PrepareConfig(sources=("bbc",), backbone=str(tiny_t5), domains=3, max_documents=12)
-    prepare(config, tmp_path / "poor")
-    return tmp_path / "poor"
+def poor_store(tiny_store, tmp_path):
+    """A store whose sentences are in three domains."""
+    out = shutil.copytree(tiny_store, tmp_path / "poor")
+    tables, kept = load_file(out / "ss.safetensors"), {"centroids": 3, "starts": 4, "train_ends": 3, "keywords": 3}
+    save_file({name: table[: kept[name]] for name, table in tables.items()}, out / "ss.safetensors")
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"] = {name: record.model_dump() for name, record in file_records(out).items()}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return out
 
 
 def test_what_cannot_run_is_refused_before_anything_is_written(undisturbed, tiny_store, poor_store, tmp_path):
@@ -191,31 +243,3 @@ def test_what_only_a_worker_can_see_is_refused_once_and_leaves_nothing(tiny_stor
     with pytest.raises(UserError, match="was prepared with other weights"):
         train(load_run_config(None, SETTINGS), store, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
-
-
-def test_a_run_that_waits_for_room_says_so_and_then_takes_what_it_has_reserved(close_by, tiny_store, tmp_path):
-    """Of the cluster's two CPUs another has one and a half; a run of one worker and its builder wants as many.
-
-    While it goes on, what it has reserved is all that it takes: half a CPU is left for others.
-    """
-    assert_all_is_free()
-    holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=1.5).remote()
-    said, rows, free = [], [], []
-
-    def progress(row):
-        (said if row["kind"] == "notice" else rows).append(row)
-        if row["kind"] == "notice":
-            assert not rows
-            ray.cancel(holder, force=True)
-        elif row["kind"] == "step":
-            free.append(ray.available_resources().get("CPU", 0.0))
-
-    try:
-        train(load_run_config(None, SETTINGS), tiny_store, tmp_path / "run", progress=progress)
-    finally:
-        ray.cancel(holder, force=True)  # or all later tests have half a CPU, for ten minutes
-    assert [row["text"] for row in said] == [
-        "The run waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
-    ]
-    assert rows[-1]["step"] == 12
-    assert free[0] == 0.5 and min(free) >= 0.5

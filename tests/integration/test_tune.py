@@ -71,33 +71,30 @@ def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_sweep_that_waits_for_room_says_so(tiny_store, tmp_path):
+def test_early_stopped_trials_leave_nothing_taken_and_the_best_can_be_trained(tiny_store, tmp_path, monkeypatch):
+    """Before the first begins, the sweep waits for room, and says so."""
+    monkeypatch.setattr("supmer_ray.cluster.SETTLE_SECONDS", 0.5)
     assert_all_is_free()
     holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=1.5).remote()
-    said = []
+    space = {**RATE, "tasks.mixture": {"simplex": ["nsp", "nss", "scsp", "scss", "scc"]}}
+    config = sweep(space=space, samples=4, search="tpe", asha={"grace_steps": 2, "reduction": 2})
+    said, waited = [], []
 
-    def progress(done, total, best, steps, note):
+    def progress(*message):
+        *told, note = message
+        (waited if note else said).append(message)
         if note:
-            said.append((done, total, note))
+            assert not said and not told[0]
             ray.cancel(holder, force=True)
 
     try:
-        result = tune(sweep(samples=1), tiny_store, tmp_path / "sweep", progress=progress)
+        result = tune(config, tiny_store, tmp_path / "sweep", progress=progress)
     finally:
         ray.cancel(holder, force=True)
-    sentence = (
-        "The sweep waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
-    )
-    assert said == [(0, 1, sentence)]
-    assert list(result.trials["state"]) == ["finished"]
-
-
-def test_early_stopped_trials_leave_nothing_taken_and_the_best_can_be_trained(tiny_store, tmp_path):
-    space = {**RATE, "tasks.mixture": {"simplex": ["nsp", "nss", "scsp", "scss", "scc"]}}
-    config = sweep(space=space, samples=4, search="tpe", asha={"grace_steps": 2, "reduction": 2})
-    said = []
-    result = tune(config, tiny_store, tmp_path / "sweep", progress=lambda *message: said.append(message))
     assert_all_is_free()
+    assert [note for *_, note in waited] == [
+        "The sweep waits until the cluster has room for 1 worker of 1.5 CPUs; 0.5 CPUs and 0 GPUs of it are free."
+    ]
 
     table = pd.read_parquet(tmp_path / "sweep" / "trials.parquet")
     pd.testing.assert_frame_equal(table, result.trials)

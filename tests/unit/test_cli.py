@@ -342,8 +342,11 @@ def test_doctor_refuses_what_is_no_golden_file(tmp_path):
     shutil.copy(FIXTURE, tmp_path / "part.safetensors")
     facts = json.loads(FIXTURE.with_suffix(".json").read_text())
     (tmp_path / "part.json").write_text(json.dumps({key: facts[key] for key in facts if key != "per_task"}))
-    assert "or its JSON is not whole: it lacks 'per_task'." in refused(
-        "doctor", "--golden", tmp_path / "part.safetensors"
-    )
+    message = refused("doctor", "--golden", tmp_path / "part.safetensors")
+    assert "or its JSON is not a golden file of the meta-step" in message and "'per_task'" in message
+    del facts["per_task"][0]["domain_sim"]
+    (tmp_path / "part.json").write_text(json.dumps(facts))
+    message = refused("doctor", "--golden", tmp_path / "part.safetensors")
+    assert "or its JSON is not whole (KeyError: 'domain_sim')." in message
     (tmp_path / "part.json").write_text("[]")
     assert "is not a golden file" in refused("doctor", "--golden", tmp_path / "part.safetensors")
