@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from supmer_ray.embedded.pretrain import PretrainConfig, pretrain
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, is_disk_full
 
 
 def main() -> int:
@@ -36,6 +36,11 @@ def main() -> int:
         pretrain(output, PretrainConfig(**options), command)
     except UserError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"No room is left where {output} lies; make some and give the command again.", file=sys.stderr)
         return 2
     return 0
 

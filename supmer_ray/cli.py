@@ -9,7 +9,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from os.path import isfile
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -150,7 +153,7 @@ def tune(
     with stage("Searching", "trials") as line:
         result = run(sweep, store, out, resume=resume, overwrite=overwrite, progress=line.trials_done)
     print(f"{result.file}: the best of {len(result.trials)} trials, objective {result.objective:.4f}")
-    print(f"Next: supmer train --config {result.file} --store {without_keys(store)} --out RUN")
+    print(f"Next: supmer train --config {quote(str(result.file))} --store {quote(without_keys(store))} --out RUN")
 
 
 @app.command()
@@ -404,7 +407,7 @@ def _spare(given: Sequence[Path | str | None], out: Path | str, overwrite: bool)
         UserError: one of those of `given` that are files lies within `out`.
     """
     if overwrite:
-        require_outside(Place.of(out), {"file": [Place.of(file) for file in given if file and Path(file).is_file()]})
+        require_outside(Place.of(out), {"file": [Place.of(file) for file in given if file and isfile(file)]})
 
 
 def _require_values(arguments: Sequence[str]) -> None:
@@ -419,6 +422,24 @@ def _require_values(arguments: Sequence[str]) -> None:
         if option or not argument.strip():
             name = option[1] if option else before if before.startswith("--") else "An argument"
             raise UserError(f"{name} is empty; write a value (is a variable of the shell unset?), or leave it out.")
+
+
+def _require_lasting(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a job's output is a relative path: it would lie in the copy of the working directory that Ray has
+            made for the job, which other nodes do not see and Ray deletes.
+    """
+    if "working_dir_files" not in Path.cwd().parts:
+        return
+    for before, argument in pairwise(["", *arguments]):
+        option = re.fullmatch(r"(--out|--output)=(.*)", argument)
+        given = option[2] if option else argument if before in ("--out", "--output") else None
+        if given and "://" not in given and not Path(given).is_absolute():
+            raise UserError(
+                f"The output {given} is a relative path, and a job runs in a copy of its folder that Ray deletes; "
+                "write an absolute path that every node sees."
+            )
 
 
 def _names(listed: str) -> list[str]:
@@ -438,7 +459,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: a verb and its options; unset: those of the process.
     """
     try:
-        _require_values(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        _require_values(given)
+        _require_lasting(given)
         app(arguments)
     except UserError as error:
         print(f"supmer: {error}", file=sys.stderr)

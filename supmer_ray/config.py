@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from os.path import isdir
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from supmer_ray.errors import nearest
 from supmer_ray.reading import Schema, Section, assign, build, keys_at, override, plainly, read_yaml
@@ -429,7 +430,9 @@ class SweepConfig(Section):
             raise ValueError(f"'{key}' is not searched; only {', '.join(SWEPT_SECTIONS)} are")
         known = list(keys_at(RunConfig, sections))
         if last not in known:
-            raise ValueError(f"unknown setting '{key}' in space; {nearest(last, known or keys_at(RunConfig, []))}")
+            if key.startswith("tasks.mixture."):
+                raise ValueError("the mixture is searched as a whole; write tasks.mixture: {simplex: [nsp, …]}")
+            raise ValueError(f"unknown setting '{key}' in space; {nearest(last, known or SWEPT_SECTIONS)}")
         if below := next(iter(keys_at(RunConfig, [*sections, last])), None):
             raise ValueError(f"'{key}' is a section; search its keys, as in '{key}.{below}'")
         if key == "meta.steps" or not sections:
@@ -457,7 +460,7 @@ def whole_name(backbone: str) -> str:
 
     Workers have other working directories than the process that was told the name.
     """
-    return str(Path(backbone).absolute()) if backbone != "embedded" and Path(backbone).is_dir() else backbone
+    return str(Path(backbone).absolute()) if backbone != "embedded" and isdir(backbone) else backbone
 
 
 BackboneName = Annotated[str, AfterValidator(whole_name)]
@@ -488,6 +491,15 @@ class PrepareConfig(Section):
                 f"kmeans_sample is {self.kmeans_sample}, fewer than the {self.domains} domains that k-means is to find"
             )
         return self
+
+    @field_validator("sources")
+    @classmethod
+    def _each_once(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        for number, name in enumerate(sources):
+            if name in sources[:number]:
+                # Its documents would stand among the train items and among those of validation.
+                raise ValueError(f"sources {sources.index(name) + 1} and {number + 1} are the same; name it once")
+        return sources
 
 
 class EvaluateConfig(Section):

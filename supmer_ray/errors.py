@@ -50,20 +50,17 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def exists(path: Path) -> bool:
-    """`path.exists()`, and False where it would raise: in a folder that may not be entered."""
-    try:
-        return path.exists()
-    except PermissionError:
-        return False
-
-
 def require_path(folder: Path) -> None:
-    """Refuse the URI of an object store where only a path will do: as a path it would be a folder named "s3:".
+    """Refuse what would be a folder named "s3:" or "~": the URI of an object store where only a path will do, and a
+    home that the shell has left as it was written.
 
     Raises:
-        UserError: a part of the path is a URI's scheme.
+        UserError: a part of the path is a URI's scheme, or "~", or it begins so.
     """
+    if "~" in folder.parts or str(folder).startswith("~"):
+        raise UserError(
+            f"{folder} begins with ~, which a shell reads at the start of a word alone; write the whole path."
+        )
     if scheme := next((part for part in folder.parts if re.fullmatch(r"[a-z][a-z0-9+.-]+:", part)), None):
         raise UserError(
             f"A {scheme}//… address was given where a path is needed: only text, stores and runs of 'supmer train' may "
@@ -77,7 +74,7 @@ def require_writable(output: Path) -> None:
         UserError: a file or a folder of this name cannot be made.
     """
     whole = output.absolute()
-    where = next(place for place in (whole, *whole.parents) if exists(place))
+    where = next(place for place in (whole, *whole.parents) if os.path.exists(place))
     enough = os.W_OK
     if where.is_dir():
         enough |= os.X_OK
@@ -136,7 +133,7 @@ def require_new_folder(
     """
     require_path(folder)
     require_one_way(overwrite=overwrite, resume=resume)
-    if exists(folder) and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; name a folder instead.")
     require_writable(folder)
     if os.path.ismount(folder):

@@ -428,10 +428,12 @@ def read_sealed(where: Where, what: str, name: str = "config.json") -> dict[str,
             raise UserError(f"{place} is not {what}: it holds no {name}.")
         try:
             description = json.loads(content)
-            checksums = description["checksums"].items()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             raise UserError(f"{place / name} is damaged; use another copy of it.") from None
-        for member, digest in checksums:
+        checksums = description.get("checksums") if isinstance(description, dict) else None
+        if not isinstance(checksums, dict):
+            raise UserError(f"{place} is not {what}: its {name} has no checksums.")
+        for member, digest in checksums.items():
             found = place.digest(member)
             if found is None:
                 raise UserError(f"{place} is not whole: {member} is missing; use another copy of it.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def load_golden(file: Path) -> Golden:
     """
     facts_file = file.with_suffix(".json")
     for path in (file, facts_file):
-        if not path.is_file():
-            raise UserError(f"There is no golden file {path}; give a .safetensors file with its .json beside it.")
+        if not isfile(path):
+            raise UserError(
+                f"There is no golden file {path} that may be read; give a .safetensors file with its .json beside it."
+            )
     try:
         tensors = {name: t.double() if t.is_floating_point() else t for name, t in load_file(file).items()}
         facts = json.loads(facts_file.read_text(encoding="utf-8"))

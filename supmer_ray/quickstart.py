@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from statistics import mean, stdev
 
 from rich.console import Console
@@ -107,12 +108,13 @@ def quickstart(out: Path, *, overwrite: bool = False) -> list[Outcome]:
     # In a fresh clone the command stands in a virtual environment that is not on the path.
     supmer = "supmer" if shutil.which("supmer") else os.path.relpath(sys.argv[0])
     print(f"\nResults: {out / 'results.json'}    Checkpoint: {checkpoint_folder}\n\nNext:")
+    adapted = quote(str(out / "adapted"))
     for command in (
-        f"adapt --task bbc-topic --checkpoint {checkpoint_folder} --out {out / 'adapted'}",
-        f"predict --adapted {out / 'adapted'} --input YOUR_HEADLINES.csv --output labelled.csv   # a 'headline' column",
-        f"prepare --source YOUR_TEXT --domains 50 --out {out.parent / 'my-store'}",
+        f"adapt --task bbc-topic --checkpoint {quote(str(checkpoint_folder))} --out {adapted}",
+        f"predict --adapted {adapted} --input YOUR_HEADLINES.csv --output labelled.csv   # a 'headline' column",
+        f"prepare --source YOUR_TEXT --domains 50 --out {quote(str(out.parent / 'my-store'))}",
     ):
-        print(f"  {supmer} {command}")
+        print(f"  {quote(supmer)} {command}")
     return outcomes
 
 

@@ -90,6 +90,8 @@ def plainly(error: ErrorDetails) -> str:
             return "write a list, as in [a, b]"
         case "dict_type" | "model_type" | "model_attributes_type":
             return "write keys with their values, as in {key: value}"
+        case "path_type":
+            return "write a path, in quotes where it is a number"
         case "string_type":
             return "write a text, in quotes where it is a number, a date, or yes or no"
         case "too_short":
@@ -206,6 +208,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"Cannot read {file}: {error.strerror or error}.") from None
     except UserError as error:
         raise UserError(f"In {file} {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text; save it as UTF-8.") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f" near line {line + 1}" if line is not None else ""

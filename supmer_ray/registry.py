@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from supmer_ray.errors import UserError, exists, nearest
+from supmer_ray.errors import UserError, nearest
 from supmer_ray.files import sha256
 
 
@@ -108,7 +108,7 @@ def fetch(name: str) -> Path:
         raise UserError(f"No archive is pinned under '{name}'; {nearest(name, ARCHIVES)}")
     archive = ARCHIVES[name]
     place = home() / "archives" / archive.file
-    if not (exists(place) and sha256(place) == archive.sha256):
+    if not (os.path.exists(place) and sha256(place) == archive.sha256):
         writable_home()
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".fetch-") as folder:

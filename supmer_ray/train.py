@@ -86,7 +86,7 @@ def train(
         UserError: unusable input, too few CPUs, or another run in `out`; nothing was written.
         Stopped: it was told to end; what was learned until then is kept for `resume`.
     """
-    place, store = Place(str(out)).resolved, Place.of(store).resolved
+    place, store = Place.of(out).resolved, Place.of(store).resolved
     opened = Outline.open(store)
     require_domains(opened, config.tasks.types)
     require_new_place(place, overwrite=overwrite, resume=resume, can_resume=True, marker=CONFIG_FILE)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def prepare(
     require_new_place(place, overwrite=overwrite, marker=MANIFEST)
     tell = progress or (lambda stage, done, total, unit: None)
     if overwrite:
-        backbone_there = [Place.of(config.backbone)] if Path(config.backbone).is_dir() else []
+        backbone_there = [Place.of(config.backbone)] if isdir(config.backbone) else []
         require_outside(place, {"source": filter(None, map(place_of, config.sources)), "backbone": backbone_there})
     sources = [open_source(name) for name in config.sources]
     _embedding_workers(config.embedders, connect())

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from supmer_ray.data.catalog import CATALOG_SOURCES, unlabelled
 from supmer_ray.errors import UserError, first_line, nearest
@@ -131,7 +132,10 @@ def _file_pieces(place: Place, column: str, shown: str) -> Iterator[Piece]:
 
 
 def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]:
-    """The files under a folder or matching a glob, by path; hidden files and folders, and other formats, left out."""
+    """The files under a folder or matching a glob, by path; hidden files and folders, and other formats, left out.
+
+    Links are followed, and a file that several lead to is listed once.
+    """
     if info.type == FileType.Directory:
         root, pattern = path, None
     elif "**" in path:
@@ -141,17 +145,19 @@ def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]
     else:
         return []
     found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
-    return sorted(
-        (
-            file
-            for file in found
-            if file.type == FileType.File
-            and _format(file) in FORMATS
-            and not any(part.startswith((".", "_")) for part in PurePosixPath(file.path[len(root) :]).parts)
-            and (pattern is None or PurePosixPath(file.path).match(pattern))
-        ),
-        key=lambda file: file.path,
-    )
+    files = [
+        file
+        for file in found
+        if file.type == FileType.File
+        and _format(file) in FORMATS
+        and not any(part.startswith((".", "_")) for part in PurePosixPath(file.path[len(root) :]).parts)
+        and (pattern is None or PurePosixPath(file.path).match(pattern))
+    ]
+    if isinstance(filesystem, LocalFileSystem):
+        # Of a file's names its own is kept, where it is among them.
+        files.sort(key=lambda file: (os.path.realpath(file.path) == file.path, file.path), reverse=True)
+        files = list({os.path.realpath(file.path): file for file in reversed(files)}.values())
+    return sorted(files, key=lambda file: file.path)
 
 
 def _format(file: FileInfo) -> str:

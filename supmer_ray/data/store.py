@@ -406,9 +406,9 @@ def read_manifest(where: Where) -> Manifest:
     """
     place = Place.of(where)
     file = place / MANIFEST
-    if not place.remote and not place.local.is_dir():
-        raise UserError(f"There is no store at {place}; make one with 'supmer prepare --out {place}'.")
     with place.answering():
+        if not place.remote and not place.local.is_dir():
+            raise UserError(f"There is no store at {place}; make one with 'supmer prepare --out {place}'.")
         text = place.read(MANIFEST)
     if text is None:
         raise UserError(f"{place} has no {MANIFEST}, so it is no store; name the folder that 'supmer prepare' made.")

@@ -8,10 +8,10 @@ meta-trained on them (`learned/`, see learned/CARD.md); what lies below the laye
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.errors import exists
 from supmer_ray.registry import home, writable_home
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
@@ -33,7 +33,7 @@ def resolve(name: str) -> str:
     if name != "embedded":
         return name
     folder = home() / f"embedded-{hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]}"
-    if not exists(folder):
+    if not os.path.exists(folder):
         writable_home()
         from supmer_ray.embedded.assemble import assemble
 

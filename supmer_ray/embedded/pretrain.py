@@ -35,7 +35,7 @@ from supmer_ray.embedded.assemble import (
 from supmer_ray.embedded.card import write_card
 from supmer_ray.embedded.corpus import SENTENCE_TOKENS, TaskStore, cluster, embed, read, task_corpus
 from supmer_ray.embedded.words import WORD_SHARE, Lexicon, WordExample, WordExamples, random_rows
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, require_path, require_writable
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.tasks.formats import Formats
 from supmer_ray.tasks.types import ANSWERS, TaskDraw
@@ -408,8 +408,10 @@ def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
         command: what the card says makes the weights again.
 
     Raises:
-        UserError: the catalog cannot be fetched, or `output` holds a run of other settings.
+        UserError: the catalog cannot be fetched, or `output` holds a run of other settings or cannot be written to.
     """
+    require_path(output)
+    require_writable(output / "checkpoint.safetensors")
     checkpoint = output / "checkpoint.safetensors"
     run = Pretraining(config)
     if checkpoint.is_file():

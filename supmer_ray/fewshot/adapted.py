@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
@@ -176,6 +177,9 @@ def predict(
     for column in (PREDICTED, PROBABILITY):
         if column in frame.columns:
             raise UserError(f"{input_file} already has a column '{column}'; rename it, the prediction goes there.")
+    # What the output's format has no place for is told before the work.
+    with TemporaryDirectory(prefix="supmer-") as scratch:
+        write_table(frame, Path(scratch) / output_file.name, shown=output_file)
     from supmer_ray.fewshot.adapt import score
     from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
     from supmer_ray.model.backbone import best_device, load_backbone

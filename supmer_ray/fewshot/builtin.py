@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from os.path import isfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ def names(folder: str) -> list[str]:
 def own_file(name: str | Path) -> Path | None:
     """`name` as the user's own YAML file, or None where it is a name of ours."""
     file = Path(name)
-    return file if file.suffix.lower() in (".yaml", ".yml") or file.is_file() else None
+    return file if file.suffix.lower() in (".yaml", ".yml") or isfile(file) else None
 
 
 def load(schema: type[Thing], folder: str, name: str | Path, what: str) -> Thing:

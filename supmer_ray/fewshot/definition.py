@@ -15,8 +15,9 @@ import hashlib
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os.path import isdir
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -43,12 +44,29 @@ class FileSplits(Section):
     train: Path
     test: Path
 
+    def below(self, folder: Path) -> Self:
+        """The same splits with whole paths, relative ones from `folder`.
+
+        Raises:
+            UserError: both are one file.
+        """
+        train, test = ((folder / file).resolve() for file in (self.train, self.test))
+        if train == test:
+            raise UserError(f"Train and test rows are both {train}, so test rows would be trained on; name two files.")
+        return self.model_copy(update={"train": train, "test": test})
+
 
 class SplitNames(Section):
     """What a data set calls its train and test rows."""
 
     train: str = "train"
     test: str = "test"
+
+    @model_validator(mode="after")
+    def _two(self) -> SplitNames:
+        if self.train == self.test:
+            raise ValueError(f"both are '{self.train}', so test rows would be trained on; name two")
+        return self
 
 
 class DatasetSplits(Section):
@@ -59,7 +77,7 @@ class DatasetSplits(Section):
     splits: SplitNames = SplitNames()
 
 
-class PublishedSplits(Section):
+class PublishedSplits(FileSplits):
     """Train and test rows in files as a benchmark publishes them.
 
     Attributes:
@@ -71,17 +89,9 @@ class PublishedSplits(Section):
     """
 
     format: Literal["tsv", "jsonl", "csv"]
-    train: Path
-    test: Path
     header: tuple[str, ...] = ()
     columns: dict[str, str] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
-
-    def below(self, folder: Path) -> PublishedSplits:
-        """The same splits with paths that start at `folder`."""
-        return self.model_copy(
-            update={"train": (folder / self.train).resolve(), "test": (folder / self.test).resolve()}
-        )
 
     def read(self, file: Path, label: str) -> pd.DataFrame:
         """The rows of one of the files, in the definition's names and labels."""
@@ -114,7 +124,7 @@ class DataSource(Section):
         """The files and folders of the user's that the rows come from."""
         if own := self.files or self.published:
             return [own.train, own.test]
-        return [Path(self.dataset.name)] if self.dataset and Path(self.dataset.name).is_dir() else []
+        return [Path(self.dataset.name)] if self.dataset and isdir(self.dataset.name) else []
 
 
 class Pattern(Section):
@@ -302,13 +312,13 @@ class TaskDefinition(Section):
             row = int(unknown.to_numpy().argmax())
             label = texts[self.label].iloc[row]
             what, line = (
-                ("candidate", "COLUMN' under candidates")
+                ("candidate", 'COLUMN" under candidates')
                 if self.candidates
-                else ("verbalizer", "WORD' under verbalizers")
+                else ("verbalizer", 'WORD" under verbalizers')
             )
             raise UserError(
                 f"Row {numbers[row]} of {where} has the label '{label}', which has no {what} in task '{self.name}'; "
-                f"add a line '{label}: {line} (it has: {', '.join(self.labels)})."
+                f"add a line \"'{label}': {line} (it has: {', '.join(self.labels)})."
             )
         for label, column in self.candidates.items():
             empty = (texts[self.label] == label) & ~texts[column].str.strip().astype(bool)
@@ -376,7 +386,7 @@ def field_texts(
         numbers: of the rows, for the message; unset: from 1.
 
     Raises:
-        UserError: a cell of `frame`, which was read from `where`, holds a list or an object.
+        UserError: a cell of `frame`, which was read from `where`, holds a list, an object or bytes.
     """
     for field in fields:
         for row, cell in zip(range(1, len(frame) + 1) if numbers is None else numbers, frame[field], strict=True):
@@ -384,6 +394,8 @@ def field_texts(
                 raise UserError(
                     f"Row {row} of {where} holds more than one text as '{field}'; give each its own column."
                 )
+            if isinstance(cell, bytes | bytearray | memoryview):
+                raise UserError(f"Row {row} of {where} holds bytes as '{field}'; store that column as text.")
     return pd.DataFrame({field: ["" if pd.isna(cell) else str(cell) for cell in frame[field]] for field in fields})
 
 
@@ -445,9 +457,8 @@ def _anchored(definition: TaskDefinition, folder: Path) -> TaskDefinition:
     if data.published is not None:
         data = DataSource(published=data.published.below(folder))
     elif data.files is not None:
-        train, test = ((folder / file).resolve() for file in (data.files.train, data.files.test))
-        data = DataSource(files=FileSplits(train=train, test=test))
-    elif data.dataset is not None and (folder / data.dataset.name).is_dir():
+        data = DataSource(files=data.files.below(folder))
+    elif data.dataset is not None and isdir(folder / data.dataset.name):
         place = str((folder / data.dataset.name).resolve())
         data = DataSource(dataset=data.dataset.model_copy(update={"name": place}))
     return definition.model_copy(update={"data": data})

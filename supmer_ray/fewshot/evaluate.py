@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os.path import isdir
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +271,7 @@ def adapt_task(
     definition = task.definition
     require_new_folder(out, overwrite=overwrite, marker=RECORD)
     if overwrite:
-        folder = [Place.of(backbone.name)] if Path(backbone.name).is_dir() else []
+        folder = [Place.of(backbone.name)] if isdir(backbone.name) else []
         require_outside(
             Place.of(out), {"file of the task": map(Place.of, definition.data.places()), "backbone": folder}
         )

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Plan:
             inputs[f"file for task '{task.definition.name}'"] = [Place.of(file) for file in files]
         prepared = [point.config.prepare.sources for point in self.points() if point.config.prepare]
         inputs["source"] = [place for name in chain(*prepared) if (place := place_of(name))]
-        inputs["backbone"] = [Place.of(self.config.backbone)] if Path(self.config.backbone).is_dir() else []
+        inputs["backbone"] = [Place.of(self.config.backbone)] if isdir(self.config.backbone) else []
         return inputs
 
     def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:
@@ -196,8 +197,10 @@ class Plan:
         Raises:
             UserError: a task or its rows cannot be read, or there is no such data folder.
         """
-        if self.data and not self.data.is_dir():
-            raise UserError(f"There is no folder {self.data}; name the one with the benchmarks' published files.")
+        if self.data and not isdir(self.data):
+            raise UserError(
+                f"There is no folder {self.data} that may be read; name the one with the benchmarks' published files."
+            )
         names = {name for entry in self.suite.tasks for name in (entry.train, *entry.targets)}
         definitions = {name: load_definition(name) for name in sorted(names)}
         if self.data:
@@ -304,7 +307,7 @@ def _file_digests(backbone: str) -> dict[str, str]:
     if backbone == "embedded":
         return {embedded.WEIGHTS.name: sha256(embedded.WEIGHTS)}
     folder = Path(backbone)
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) if folder.is_dir() else []
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) if isdir(folder) else []
     return {file.name: sha256(file) for file in files}
 
 

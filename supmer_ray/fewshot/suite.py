@@ -6,6 +6,7 @@ curve is one setting and its values; the whole comparison is made at each of the
 
 from __future__ import annotations
 
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,25 @@ class Curve(Section):
 def load_suite(name: str | Path) -> Suite:
     """A suite from its YAML file, or a built-in one by name.
 
+    Tasks' files that lie where a relative path from the suite's folder says are those; others start where the command
+    is given.
+
     Raises:
         UserError: there is no such file or suite, or a key or value of the YAML is wrong.
     """
-    return builtin.load(Suite, "suites", name, "suite")
+    suite = builtin.load(Suite, "suites", name, "suite")
+    if (file := builtin.own_file(name)) is None:
+        return suite
+
+    def anchored(task: str) -> str:
+        beside = file.parent / task
+        return str(beside.resolve()) if isfile(beside) else task
+
+    tasks = (
+        entry.model_copy(update={"train": anchored(entry.train), "test": tuple(map(anchored, entry.test))})
+        for entry in suite.tasks
+    )
+    return suite.model_copy(update={"tasks": tuple(tasks)})
 
 
 def load_curve(name: str | Path) -> Curve:

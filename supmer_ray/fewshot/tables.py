@@ -142,8 +142,11 @@ def require_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -
             raise UserError(f"{where} has no column '{column}'; its columns are: {has}.")
 
 
-def write_table(frame: pd.DataFrame, file: Path) -> None:
+def write_table(frame: pd.DataFrame, file: Path, *, shown: Path | None = None) -> None:
     """Write `frame` as `file` in one piece: a reader sees the old file or the whole new one.
+
+    Args:
+        shown: the file's name in the message, where it is only tried.
 
     Raises:
         UserError: a column holds what the format has no place for, such as mixed kinds in Parquet.
@@ -164,5 +167,5 @@ def write_table(frame: pd.DataFrame, file: Path) -> None:
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             others = " or ".join(one for one in ENDINGS if one != ending)
             raise UserError(
-                f"Cannot write {file} ({first_line(error)}); write a file that ends in {others} instead."
+                f"Cannot write {shown or file} ({first_line(error)}); write a file that ends in {others} instead."
             ) from None

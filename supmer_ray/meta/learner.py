@@ -93,7 +93,8 @@ class Learner:
             if progress.bad_in_a_row >= config.schedule.stop_after_bad_steps:
                 raise FloatingPointError(
                     f"{progress.bad_in_a_row} meta-steps in a row had a gradient that is not finite, the last at step "
-                    f"{progress.step}; lower meta.prompt_rate or meta.inner_rate, or use workers.precision: float32."
+                    f"{progress.step}; go on by --resume with workers.precision: float32, or start a new run "
+                    "(--overwrite) with a lower meta.prompt_rate or meta.inner_rate."
                 )
         progress.step += 1
         return {

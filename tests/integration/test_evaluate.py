@@ -17,7 +17,7 @@ from faults import kill_workers, rows_of
 
 from supmer_ray.data.store import Store
 from supmer_ray.errors import Stopped, UserError
-from supmer_ray.evaluate import _run_cell, evaluate
+from supmer_ray.evaluate import _backbone, _run_cell, evaluate
 from supmer_ray.fewshot.definition import TaskRows, load_definition
 from supmer_ray.fewshot.suite import Curve, Suite
 from supmer_ray.model.backbone import load_backbone
@@ -188,6 +188,7 @@ def test_a_cell_computes_in_the_precision_that_was_asked_for(plan, monkeypatch, 
         return loaded[-1]
 
     monkeypatch.setattr("supmer_ray.model.backbone.load_backbone", watched)
+    _backbone.cache_clear()
     cell = plan(["zero-shot"], store=False, precision=precision).cells()[1]
     task = TaskRows.of(load_definition(cell.entry.train))
     rows = _run_cell(cell, task, 1, None, "float32", 1, 0.0, task)

@@ -194,7 +194,8 @@ def test_every_job_documents_its_whole_command(name):
 def test_every_job_takes_the_options_of_its_verb(name):
     assert f'main(["{name}", *sys.argv[1:]])' in (PROJECT / "jobs" / f"{name}.py").read_text()
     command = re.search(rf"python jobs/{name}\.py (.*?)(?= Submit)", documented(name)).group(1)
-    assert set(re.findall(r"--[a-z-]+", command)) <= options(name)
+    found = set(re.findall(r"--[a-z-]+", command))
+    assert found and found <= options(name)
 
 
 def test_the_runtime_environment_installs_this_project_with_its_pins():

@@ -213,7 +213,7 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path, monkeypatch, caplog):
         with pytest.raises(UserError, match="Cannot load the backbone") as caught:
             load_backbone(name)
         assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 20 and not caplog.records
+    assert time.monotonic() - started < 60 and not caplog.records
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other shapes"])

@@ -1,6 +1,7 @@
 """The command line: fast help, and every mistake one sentence with exit status 2 and nothing written."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -266,6 +267,38 @@ def test_a_learned_prompt_has_its_own_length(tmp_path):
 def test_an_empty_value_is_none(tmp_path, command, named):
     message = refused(*(part.format(tmp_path / "out") for part in command))
     assert message.startswith(f"supmer: {named} is empty; write a value (is a variable of the shell unset?)")
+
+
+def test_a_jobs_output_is_a_whole_path(tmp_path, monkeypatch):
+    """Ray runs a job in a copy of its folder, and deletes it."""
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    for given in (["--out", "runs/store"], ["--out=runs/store"]):
+        message = refused("prepare", "--source", "bbc", *given)
+        assert "The output runs/store is a relative path" in message and "an absolute path that every node" in message
+    assert not any(folder.iterdir())
+    assert "There is no file, folder" in refused("prepare", "--source", "no-such", "--out", tmp_path / "store")
+
+
+def test_what_the_system_refuses_to_look_at_is_one_sentence(tmp_path):
+    """A name longer than 255 bytes; in folders that may not be entered the answers are the same, but not root's."""
+    long = ";".join(["bbc-topic"] * 40)
+    assert f"There is no task '{long}'" in refused("adapt", "--task", long, "--out", tmp_path / "out")
+    message = refused("adapt", "--task", "bbc-topic", "--backbone", long, "--out", tmp_path / "out")
+    assert "Cannot load the backbone" in message
+    assert "There is no folder" in refused("evaluate", "--suite", "paper", "--data", long, "--out", tmp_path / "out")
+    assert "golden" in refused("doctor", "--golden", long)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("supmer_ray.data.prepare.prepare", full)
+    message = refused("prepare", "--source", "bbc", "--out", tmp_path / "store")
+    assert "No room is left where the command writes ([Errno 28] No space left on device); make some" in message
 
 
 def test_ctrl_c_is_one_line(monkeypatch):

@@ -40,6 +40,7 @@ def test_defaults_are_the_papers():
         ("tasks.mixture={nsp: -2}", r"weights are 0 or more"),
         ("tasks.mixture={nsp: .nan}", r"a finite number, not nan"),
         ("meta.inner_rate=many", r"Impossible value for 'meta\.inner_rate' in .*, not 'many'"),
+        ("seed=20261127120000", r"'seed'.*less than 4294967296, not 20261127120000"),
         ("seed=2026-99-99", r"'2026-99-99' is not a YAML value"),
         ("meta.learn_inner_rates=true", r"learn_inner_rates needs a starting inner_rate"),
         ("workers.count=3", r"workers\.count is 3; the tasks of a step must divide evenly over the workers"),
@@ -109,6 +110,22 @@ def test_a_bad_file_is_named(tmp_path, text, sentence):
         load_run_config(file)
     with pytest.raises(UserError, match=r"Cannot read .*nothing\.yaml"):
         read_yaml(tmp_path / "nothing.yaml")
+
+
+def test_a_file_in_another_encoding_is_told_as_such(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("meta: {steps: 3}  # café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"run\.yaml is not UTF-8 text; save it as UTF-8\.$"):
+        load_run_config(tmp_path / "run.yaml")
+
+
+def test_a_source_is_named_once():
+    with pytest.raises(UserError, match=r"sources 1 and 3 are the same; name it once"):
+        build(PrepareConfig, {"sources": ["bbc", "reuters", "bbc"]}, "the test")
+
+
+def test_what_of_a_mixture_is_searched():
+    with pytest.raises(UserError, match=r"the mixture is searched as a whole; write tasks\.mixture: \{simplex: "):
+        build(SweepConfig, {"space": {"tasks.mixture.nsp": {"uniform": [0, 1]}}}, "the test")
 
 
 def test_overrides_leave_the_original_alone():

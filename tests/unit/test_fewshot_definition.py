@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_reads_other_formats_with_numbers_for_labels(tmp_path, ending):
         rows.to_parquet(file)
     else:
         file.write_text("\n".join(map(json.dumps, rows.to_dict("records"))).replace("NaN", "null") + "\n\n")
-    source = {"files": {"train": file.name, "test": file.name}}
+    source = {"files": {"train": file.name, "test": shutil.copy(file, tmp_path / f"other{ending}").name}}
     definition = load_definition(task(tmp_path, data=source, verbalizers={0: "terrible", 1: "great"}))
     assert definition.labels == ("0", "1")
     assert definition.read()["train"].to_dict("records") == [
@@ -149,7 +150,7 @@ def test_refuses_a_wrong_definition(tmp_path, changes, message):
 
 def test_names_label_row_and_file_of_a_label_without_verbalizer(tmp_path):
     definition = load_definition(task(tmp_path, verbalizers={"good": "great", "poor": "terrible"}))
-    with pytest.raises(UserError, match=r"Row 2 of .*train.csv has the label 'bad', .*add a line 'bad: WORD'"):
+    with pytest.raises(UserError, match=r"Row 2 of .*train.csv has the label 'bad', .*add a line \"'bad': WORD\""):
         definition.read()
 
 
@@ -162,21 +163,26 @@ CHOICE = {
 
 
 def test_candidates_are_columns_and_their_labels_the_task_s(tmp_path):
-    source = {"files": {"train": "choices.csv", "test": "choices.csv"}}
+    source = {"files": {"train": "choices.csv", "test": "others.csv"}}
     definition = load_definition(task(tmp_path, data=source, **CHOICE))
+
+    def write(frame):
+        for split in source["files"].values():
+            frame.to_csv(tmp_path / split, index=False)
+
     assert definition.labels == ("first", "second")
     row = {"opening": "rain", "a": "sun", "b": "wind", "kind": "second"}
-    pd.DataFrame([row | {"else": 1}]).to_csv(tmp_path / "choices.csv", index=False)
+    write(pd.DataFrame([row | {"else": 1}]))
     assert definition.read()["train"].to_dict("records") == [row]
-    pd.DataFrame([row | {"kind": "third"}]).to_csv(tmp_path / "choices.csv", index=False)
-    with pytest.raises(UserError, match=r"label 'third', which has no candidate .* 'third: COLUMN' under candidates"):
+    write(pd.DataFrame([row | {"kind": "third"}]))
+    with pytest.raises(UserError, match=r"'third', which has no candidate .* \"'third': COLUMN\" under candidates"):
         definition.read()
-    pd.DataFrame([row | {"b": " "}]).to_csv(tmp_path / "choices.csv", index=False)
+    write(pd.DataFrame([row | {"b": " "}]))
     with pytest.raises(
         UserError, match=r"Row 1 of .*choices.csv has the label 'second', but its candidate 'b' is empty"
     ):
         definition.read()
-    pd.DataFrame([row]).drop(columns="b").to_csv(tmp_path / "choices.csv", index=False)
+    write(pd.DataFrame([row]).drop(columns="b"))
     with pytest.raises(UserError, match=r"choices.csv has no column 'b'"):
         definition.read()
 
@@ -194,9 +200,25 @@ def test_names_a_missing_label_column_and_file(tmp_path):
         definition.read()
 
 
+def test_test_rows_are_others_than_those_to_train_on(tmp_path):
+    for given in ("train.csv", "./train.csv", str(tmp_path / "train.csv")):
+        with pytest.raises(UserError, match=r"^Train and test rows are both .*train\.csv, so test rows would be"):
+            load_definition(task(tmp_path, data={"files": {"train": "train.csv", "test": given}}))
+    named = {"dataset": {"name": "sst2", "splits": {"train": "train", "test": "train"}}}
+    with pytest.raises(UserError, match=r"both are 'train', so test rows would be trained on; name two"):
+        load_definition(task(tmp_path, data=named))
+
+
+def test_a_cell_that_holds_bytes_is_refused(tmp_path):
+    pd.DataFrame([{**ROWS[0], "body": b"sun"}]).to_parquet(tmp_path / "rows.parquet")
+    definition = load_definition(task(tmp_path, data={"files": {"train": "rows.parquet", "test": "test.csv"}}))
+    with pytest.raises(UserError, match=r"Row 1 of .*rows.parquet holds bytes as 'body'; store that column as text"):
+        definition.read()
+
+
 def test_a_cell_with_several_texts_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"title": "a", "body": ["b", "c"], "kind": "good"}\n')
-    definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}))
+    definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "test.csv"}}))
     with pytest.raises(UserError, match=r"Row 1 of .*rows.jsonl holds more than one text as 'body'"):
         definition.read()
 
@@ -204,7 +226,7 @@ def test_a_cell_with_several_texts_is_refused(tmp_path):
 def test_rows_are_counted_as_the_file_counts_them_whatever_is_left_out(tmp_path):
     left_out = '{"title": "a", "body": "b", "kind": "other"}\n'
     (tmp_path / "rows.jsonl").write_text(left_out * 2 + '{"title": "a", "body": ["b", "c"], "kind": "good"}\n')
-    files = {"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}
+    files = {"files": {"train": "rows.jsonl", "test": "test.csv"}}
     with pytest.raises(UserError, match=r"Row 3 of .*rows.jsonl holds more than one text as 'body'"):
         load_definition(task(tmp_path, data=files, where={"kind": ["good"]})).read()
     with pytest.raises(UserError, match=r"No row of .*rows.jsonl passes the 'where' of task"):
@@ -213,7 +235,7 @@ def test_rows_are_counted_as_the_file_counts_them_whatever_is_left_out(tmp_path)
 
 def test_names_the_row_without_a_label(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"title": "a", "body": "b", "kind": "good"}\n{"title": "c", "body": "d"}\n')
-    definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "rows.jsonl"}}))
+    definition = load_definition(task(tmp_path, data={"files": {"train": "rows.jsonl", "test": "test.csv"}}))
     with pytest.raises(UserError, match=r"Row 2 of .*rows.jsonl has no 'kind'"):
         definition.read()
 
@@ -231,7 +253,7 @@ def test_names_the_row_without_a_label(tmp_path):
 )
 def test_refuses_a_damaged_file(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    definition = load_definition(task(tmp_path, data={"files": {"train": name, "test": name}}))
+    definition = load_definition(task(tmp_path, data={"files": {"train": name, "test": "test.csv"}}))
     with pytest.raises(UserError, match=message):
         definition.read()
 

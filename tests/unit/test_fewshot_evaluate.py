@@ -104,11 +104,20 @@ def test_a_record_says_whether_psi_was_applied(backbone, mood, tmp_path, enabled
     assert json.loads((tmp_path / "out" / "adapted.json").read_text())["regularized"] == enabled
 
 
-def test_a_checkpoint_gives_prompt_and_regularizer(backbone, mood):
+def test_a_checkpoint_gives_prompt_and_regularizer(backbone, mood, monkeypatch):
+    started = []
+
+    def watched(backbone, runs, *given, **options):
+        started.extend(runs)
+        return adapt(backbone, runs, *given, **options)
+
+    monkeypatch.setattr("supmer_ray.fewshot.evaluate.adapt", watched)
     torch.manual_seed(0)
     prompt, psi = vocabulary_prompt(backbone, 3, 7), Regularizer(32)
     start = Checkpoint(prompt, psi, RunConfig(), {})
     found = outcomes(backbone, load_method("supmer"), mood, [mood], checkpoint=start)
+    assert len(started) == 2
+    assert all(torch.equal(run.prompt, prompt) and run.regularizer is psi for run in started)
     encoder = TaskEncoder(backbone, mood.definition, max_length=CONFIG.max_length)
     drawn = draw(mood.definition, mood.frames, 4, 1)
     train, dev = encoder.split(drawn.train), encoder.split(drawn.dev)

@@ -97,9 +97,10 @@ def test_refuses_what_is_not_that_layout(name, text, message, tmp_path):
 
 
 def test_where_keeps_the_rows_with_these_values(tmp_path):
-    (tmp_path / "rows.csv").write_text("text,topic,label\na,x,0\nb,y,1\nc,x,1\nd,z,0\n")
+    for name in ("rows.csv", "test.csv"):
+        (tmp_path / name).write_text("text,topic,label\na,x,0\nb,y,1\nc,x,1\nd,z,0\n")
     source = (
-        "name: t\ndata: {files: {train: rows.csv, test: rows.csv}}\nwhere: {topic: [%s]}\nfields: [text]\n"
+        "name: t\ndata: {files: {train: rows.csv, test: test.csv}}\nwhere: {topic: [%s]}\nfields: [text]\n"
         "patterns: ['{text} {mask}']\nverbalizers: {0: bad, 1: good}\n"
     )
     (tmp_path / "t.yaml").write_text(source % "x, z")

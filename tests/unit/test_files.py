@@ -218,6 +218,29 @@ def test_a_uri_is_no_path(tmp_path):
             refuse(Path("s3://KEY:SECRET@bucket/x"))
 
 
+def test_a_home_that_the_shell_left_is_no_path():
+    for refuse in (
+        lambda place: require_new_folder(place, overwrite=False),
+        lambda place: read_sealed(place, "a checkpoint"),
+        read_manifest,
+    ):
+        with pytest.raises(UserError, match=r"^~/x holds a ~, .*; write the path\.$"):
+            refuse(Path("~/x"))
+
+
+def test_the_folder_above_one_below_the_root_is_the_root():
+    assert str(Place("/store").parent) == "/" and str(Place("/a/b").parent) == "/a"
+
+
+def test_what_has_no_checksums_is_another_thing(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match=r"is not a checkpoint: its config\.json has no checksums\.$"):
+        read_sealed(tmp_path, "a checkpoint")
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(UserError, match=r"config\.json is damaged; use another copy of it\.$"):
+        read_sealed(tmp_path, "a checkpoint")
+
+
 def test_what_is_damaged_is_named(tmp_path):
     (tmp_path / "weights").write_text("1")
     seal(tmp_path, {})

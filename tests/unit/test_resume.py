@@ -10,6 +10,7 @@ from supmer_ray.evaluate import _settled_precision
 from supmer_ray.fewshot.plan import DESCRIPTION, require_same
 from supmer_ray.files import Place
 from supmer_ray.meta.run import CONFIG_FILE
+from supmer_ray.reading import build
 from supmer_ray.train import _require_same_run
 from supmer_ray.tune import SWEEP_FILE, _require_same_sweep
 
@@ -31,6 +32,8 @@ def test_a_run(tmp_path):
     other = RunConfig.model_validate({"regularizer": {"two_sided": True}})
     with pytest.raises(UserError, match="was started with other values under 'regularizer'"):
         _require_same_run(Place(str(tmp_path)), other, Place("/store"), "digest")
+    with pytest.raises(UserError, match=r"was started on the store /store; resume with that one"):
+        _require_same_run(Place(str(tmp_path)), config, Place("/other"), "digest")
     laid_out = RunConfig.model_validate({"workers": {"count": 2}, "schedule": {"validate_every": 7}})
     _require_same_run(Place(str(tmp_path)), laid_out, Place("/store"), "digest")
     judged = RunConfig.model_validate({"schedule": {"validation_tasks": 1}})
@@ -52,6 +55,28 @@ def test_an_evaluation(tmp_path):
     assert require_same(tmp_path, {"config": {**config, "baseline": "supmer"}, "seeds": 5})["seeds"] == 5
     with pytest.raises(UserError, match="was started with another 'config'"):
         require_same(tmp_path, {"config": {**config, "pattern": 1}, "seeds": 5})
+
+
+def test_an_evaluation_goes_on_on_another_cluster_and_computes_the_same(tmp_path):
+    def description(**changes):
+        config = build(EvaluateConfig, {"prepare": {"sources": ["bbc"]}, **changes}, "the test")
+        return {"config": config.model_dump(mode="json")}
+
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description()))
+    for key, value in {
+        "gpu_share": 0.5,
+        "tokens_per_micro_batch": 512,
+        "run": {"workers": {"cpus": 3, "count": 2, "builders": 2}, "monitoring": {"loggers": ["tensorboard"]}},
+        "prepare": {"sources": ["bbc"], "embedders": 2},
+    }.items():
+        require_same(tmp_path, description(**{key: value}))
+    for key, value in {
+        "run": {"workers": {"precision": "bfloat16"}},
+        "prepare": {"sources": ["bbc"], "domains": 7},
+        "precision": "float32",
+    }.items():
+        with pytest.raises(UserError, match="was started with another 'config'"):
+            require_same(tmp_path, description(**{key: value}))
 
 
 def test_an_evaluation_stays_in_the_precision_of_its_first_cells(tmp_path):

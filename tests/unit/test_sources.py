@@ -58,6 +58,20 @@ def test_folder_of_text_files_one_document_each(tmp_path, monkeypatch):
     assert len(texts_of(f"file://{tmp_path}")) == 4
 
 
+def test_a_file_that_links_lead_to_is_read_once(tmp_path):
+    folder = tmp_path / "news"
+    folder.mkdir()
+    (folder / "b.txt").write_text("One line.")
+    (folder / "a.txt").symlink_to("b.txt")
+    (folder / "round").symlink_to(".")
+    (folder / "more").symlink_to(tmp_path / "else")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "c.txt").write_text("Another line.")
+    assert texts_of(folder) == ["One line.", "Another line."]
+    [[one, other]] = [piece.paths for piece in open_source(str(folder)).pieces]
+    assert (one, other) == (str(folder / "b.txt"), str(folder / "more" / "c.txt"))
+
+
 def test_a_glob_of_all_depths_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("A text.")
     with pytest.raises(UserError, match=r"holds \*\*; name the folder instead"):

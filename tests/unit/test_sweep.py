@@ -90,7 +90,7 @@ def test_one_sentence_for_each_mistake(update, sentence):
 def test_a_few_shot_task_that_the_backbone_cannot_use_is_refused_before_the_first_trial(tmp_path):
     values = {
         "name": "own",
-        "data": {"files": {"train": "rows.csv", "test": "rows.csv"}},
+        "data": {"files": {"train": "rows.csv", "test": "test.csv"}},
         "fields": ["text"],
         "patterns": ["{text} {mask}"],
         "verbalizers": {"0": "awesome", "1": "awesomely"},  # the second begins as the first
