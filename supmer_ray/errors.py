@@ -59,7 +59,7 @@ def require_path(folder: Path) -> None:
     """
     if "~" in folder.parts or str(folder).startswith("~"):
         raise UserError(
-            f"{folder} begins with ~, which a shell reads at the start of a word alone; write the whole path."
+            f"{folder} holds a ~, which a shell reads at the start of a word only; write the path without it."
         )
     if scheme := next((part for part in folder.parts if re.fullmatch(r"[a-z][a-z0-9+.-]+:", part)), None):
         raise UserError(

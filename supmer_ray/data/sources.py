@@ -154,9 +154,13 @@ def _listed(filesystem: FileSystem, path: str, info: FileInfo) -> list[FileInfo]
         and (pattern is None or PurePosixPath(file.path).match(pattern))
     ]
     if isinstance(filesystem, LocalFileSystem):
-        # Of a file's names its own is kept, where it is among them.
-        files.sort(key=lambda file: (os.path.realpath(file.path) == file.path, file.path), reverse=True)
-        files = list({os.path.realpath(file.path): file for file in reversed(files)}.values())
+        # Of a file's names its own is kept, where it is among them, or the shortest.
+        named: dict[str, FileInfo] = {}
+        for file in sorted(
+            files, key=lambda file: (os.path.realpath(file.path) != file.path, len(file.path), file.path)
+        ):
+            named.setdefault(os.path.realpath(file.path), file)
+        files = list(named.values())
     return sorted(files, key=lambda file: file.path)
 
 

@@ -125,7 +125,7 @@ def test_a_source_is_named_once():
 
 def test_what_of_a_mixture_is_searched():
     with pytest.raises(UserError, match=r"the mixture is searched as a whole; write tasks\.mixture: \{simplex: "):
-        build(SweepConfig, {"space": {"tasks.mixture.nsp": {"uniform": [0, 1]}}}, "the test")
+        build(SweepConfig, {"samples": 2, "space": {"tasks.mixture.nsp": {"uniform": [0, 1]}}}, "the test")
 
 
 def test_overrides_leave_the_original_alone():

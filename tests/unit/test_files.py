@@ -224,7 +224,7 @@ def test_a_home_that_the_shell_left_is_no_path():
         lambda place: read_sealed(place, "a checkpoint"),
         read_manifest,
     ):
-        with pytest.raises(UserError, match=r"^~/x holds a ~, .*; write the path\.$"):
+        with pytest.raises(UserError, match=r"^~/x holds a ~, .*; write the path without it\.$"):
             refuse(Path("~/x"))
 
 

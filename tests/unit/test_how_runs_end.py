@@ -1,4 +1,4 @@
-"""How a driver ends a run, and an evaluation its runs: told, failing, refused or without room, with Ray Train made up."""
+"""How a driver ends a run, and an evaluation its runs: told, failing, refused, without room. Ray Train is made up."""
 
 import errno
 import json
