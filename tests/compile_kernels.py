@@ -1,6 +1,6 @@
-"""Compiles the GPU kernels for a GPU that need not be there, and prints the most shared memory that one takes.
+"""Compiles the GPU kernels for GPUs that need not be there, and prints for each the most shared memory that one takes.
 
-python tests/compile_kernels.py CAPABILITY WIDTH DTYPE
+python tests/compile_kernels.py CAPABILITY:WIDTH:DTYPE …
 """
 
 import sys
@@ -30,7 +30,8 @@ def shared_memory(kernel, capability, dtype, constants, options):
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
-def main(capability, width, dtype):
+def most_memory(capability, width, dtype):
+    """Bytes of the kernel that takes most."""
     kind = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     kernels = {"forward": fused._forward, "keys": fused._backward_keys, "queries": fused._backward_queries}
     most = 0
@@ -44,8 +45,10 @@ def main(capability, width, dtype):
     shared_memory(fused._along, capability, kind, {"HEADS": 12, "WIDTH": width, "ROWS": 64}, {})
     shared_memory(fused._add_norm, capability, kind, {"BLOCK": 1024}, {})
     shared_memory(fused._add_norm_backward, capability, kind, {"ADDED": True, "BLOCK": 1024}, {})
-    print(most)
+    return most
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    for gpu in sys.argv[1:]:
+        capability, width, dtype = gpu.split(":")
+        print(gpu, most_memory(int(capability), int(width), dtype), flush=True)

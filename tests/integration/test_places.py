@@ -4,6 +4,7 @@ import json
 import signal
 
 import pandas as pd
+import pyarrow.fs
 import pytest
 from cluster import assert_all_is_free
 from faults import SETTINGS, assert_same_weights, rows_of
@@ -74,6 +75,29 @@ def test_a_copy_is_made_once_and_again_where_it_is_damaged(tiny_store, bucket, c
     bucket.client.delete_object(Bucket="runs", Key=f"team/store/{MANIFEST}")
     with pytest.raises(UserError, match=rf"^s3://runs/team/store has no {MANIFEST}, so it is no store"):
         Store.open(bucket.store)
+
+
+def test_what_is_written_in_part_is_no_store(bucket, monkeypatch):
+    """Its last file tells a whole one, and is not there where the writing breaks off."""
+
+    def make():
+        with Place(bucket.store).workshop(last="m") as (folder, _):
+            for name in ("m", "a", "z"):
+                (folder / name).write_text(name)
+
+    make()
+    assert bucket.keys() == [f"team/store/{name}" for name in ("a", "m", "z")]
+    copy = pyarrow.fs.copy_files
+
+    def broken(source, target, **options):
+        if target.endswith("/z"):
+            raise OSError("Connection reset by peer")
+        copy(source, target, **options)
+
+    monkeypatch.setattr(pyarrow.fs, "copy_files", broken)
+    with pytest.raises(UserError, match=r"^Cannot write to s3://runs/team/store \(Connection reset by peer\); check"):
+        make()
+    assert bucket.keys() == ["team/store/a"]
 
 
 def test_a_bucket_that_refuses_is_one_sentence(tiny_store, bucket, cache):

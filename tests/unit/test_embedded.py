@@ -1,5 +1,6 @@
 """The embedded backbone: it assembles, loads as any encoder-decoder does, and its training resumes exactly."""
 
+import copy
 from dataclasses import replace
 from functools import partialmethod
 
@@ -25,6 +26,16 @@ from supmer_ray.tasks.types import ANSWERS
 # Half precision takes many times as long where the processor has none.
 TINY = PretrainConfig(blocks=2, batches=2, batch=2, prompt=3, limit=10, precision="float32")
 """Of fewer documents none tells how something is ("very ⟨mask⟩"), and a draw would look for such a word for ever."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoder_read_once():
+    """Each training has a copy of it."""
+    encoder, tokenizer = load_encoder()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("pretrain", "assemble"):
+            patch.setattr(f"supmer_ray.embedded.{module}.load_encoder", lambda: (copy.deepcopy(encoder), tokenizer))
+        yield
 
 
 @pytest.fixture(scope="module")
