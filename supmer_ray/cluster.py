@@ -108,7 +108,8 @@ def connect() -> Resources:
                     "clear it away with 'ray stop', and give the command again."
                 ) from None
             raise UserError(
-                f"The Ray cluster at RAY_ADDRESS={address} does not answer ({error}); start it, or unset RAY_ADDRESS."
+                f"The Ray cluster at RAY_ADDRESS={address} does not answer ({first_line(error)}); start it, or unset "
+                "RAY_ADDRESS."
             ) from None
         except ValueError:
             if "RAY_ADDRESS" not in os.environ:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from supmer_ray.errors import UserError
+from supmer_ray.errors import UserError, first_line
 from supmer_ray.interop import regularizer_from_reference, regularizer_names
 from supmer_ray.meta.step import MetaGradients, MetaStep
 from supmer_ray.model.backbone import Backbone
@@ -77,7 +77,9 @@ def load_golden(file: Path) -> Golden:
         backbone.pad = model.config.pad_token_id or 0
         return Golden(tensors, facts, backbone, regularizer)
     except (SafetensorError, StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{file} or its JSON is not a golden file of the meta-step: {error}.") from None
+        raise UserError(
+            f"{file} or its JSON is not a golden file of the meta-step ({first_line(error)}); name another."
+        ) from None
 
 
 def task_batch(golden: Golden, tasks: list[int]) -> tuple[TaskBatch, np.ndarray]:

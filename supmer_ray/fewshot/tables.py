@@ -93,7 +93,8 @@ def read_headerless(file: Path, header: tuple[str, ...]) -> pd.DataFrame:
     except FileNotFoundError:
         raise UserError(f"There is no file {file}; check the folder of the published files.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {file} as a table with commas ({error}); use another copy of it.") from None
+        reason = first_line(error)
+        raise UserError(f"Cannot read {file} as a table with commas ({reason}); use another copy of it.") from None
     if frame.shape[1] != len(header):
         raise UserError(f"{file} has {frame.shape[1]} columns instead of {len(header)} ({', '.join(header)}); mend it.")
     return frame.set_axis(list(header), axis=1)
