@@ -116,7 +116,8 @@ def _require_encoders(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
     Raises:
         UserError: as `TaskEncoder` and `load_backbone` have it.
     """
-    from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, outline
+    from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
+    from supmer_ray.model.backbone import outline
 
     backbone, seen = outline(plan.config.backbone), set()
     for cell in plan.cells():

@@ -9,17 +9,13 @@ candidate by candidate becomes one example for each candidate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import scipy.special
-import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from supmer_ray.embedded import resolve
-from supmer_ray.errors import UserError, first_line
+from supmer_ray.errors import UserError
 from supmer_ray.fewshot.definition import (
     CANDIDATE,
     MASK,
@@ -29,8 +25,7 @@ from supmer_ray.fewshot.definition import (
     field_texts,
     pattern_parts,
 )
-from supmer_ray.model.backbone import Backbone, look_at_the_hub
-from supmer_ray.model.library import LibraryForward
+from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.formats import shortened
@@ -97,29 +92,6 @@ def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
             f"'{backbone.name}'; use a shorter prompt or another backbone."
         )
     return min(max_length, left)
-
-
-def outline(name: str) -> Backbone:
-    """A backbone with its tokenizer and without its weights: enough to see whether tasks can be encoded for it.
-
-    Raises:
-        UserError: there is no such folder, or the hub could not be reached or has no such model.
-    """
-    place = resolve(name)
-    try:
-        look_at_the_hub(place)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
-        with suppress(OSError):
-            model.generation_config = GenerationConfig.from_pretrained(place)
-    except Exception as error:  # as in load_backbone
-        raise UserError(
-            f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
-            "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."
-        ) from None
-    return Backbone(model, tokenizer, name, LibraryForward(model))
 
 
 class TaskEncoder:

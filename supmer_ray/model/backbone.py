@@ -11,7 +11,8 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from supmer_ray.embedded import resolve
@@ -75,8 +76,13 @@ class Backbone:
         sentinel, closing: the ids around an answer; the decoder's target is (sentinel, answer, closing).
             T5 has `<extra_id_0>` and `<extra_id_1>`, ByT5 the bytes FF and FE, which no text has; a model with a mask
             token uses it and its end token.
+        pad: the id that fills; nothing attends to it.
         prefix, suffix: special ids that the tokenizer puts before and after a text.
         max_positions: longest encoder input, prompt included; None where positions are relative (T5).
+
+    Raises:
+        UserError: the model does not say what its decoder reads first, or its tokenizer has nothing to put an answer
+            at.
     """
 
     def __init__(
@@ -322,21 +328,48 @@ def load_backbone(
         torch.set_num_threads(threads)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    place = resolve(name)
-    try:
-        look_at_the_hub(place)
+    with _loading(name) as place:
         # Unset, transformers would ask at a terminal whether to run a model's own code.
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    return Backbone(model.to(device), tokenizer, name, gpu_share=gpu_share)
+
+
+def outline(name: str) -> Backbone:
+    """A backbone with its tokenizer and without its weights: enough to see whether tasks can be encoded for it.
+
+    Raises:
+        UserError: as `load_backbone` has it; weights are not looked at.
+    """
+    with _loading(name) as place:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(place)
+    return Backbone(model, tokenizer, name, LibraryForward(model))
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[str]:
+    """The place of a backbone's files, for the block that reads them; what fails there becomes one sentence.
+
+    Raises:
+        UserError: so it was.
+    """
+    place = resolve(name)
+    try:
+        _look_at_the_hub(place)
+        yield place
     except Exception as error:  # of what kind damaged files make it, from ValueError to a bare Exception, varies
         raise UserError(
             f"Cannot load the backbone '{name}' ({first_line(error)}); name a folder with an encoder-decoder in "
             "safetensors, a model that the hub holds (is it reachable from here?), or 'embedded'."
         ) from None
-    return Backbone(model.to(device), tokenizer, name, gpu_share=gpu_share)
 
 
-def look_at_the_hub(place: str) -> None:
+def _look_at_the_hub(place: str) -> None:
     """Ask the hub once for a model that is neither a folder nor in the cache.
 
     Otherwise transformers would tell of ten attempts, for the better part of a minute, before it says that the hub

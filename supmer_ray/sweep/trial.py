@@ -115,8 +115,9 @@ def make_objective(config: SweepConfig, backbone: str) -> Objective:
     if objective.task is None:
         return Objective(objective)
     from supmer_ray.fewshot.definition import TaskRows, load_definition
-    from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, outline
+    from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
     from supmer_ray.fewshot.sampling import draw
+    from supmer_ray.model.backbone import outline
 
     rows = TaskRows.of(load_definition(objective.task))
     draw(rows.definition, rows.frames, objective.adapt.shots, 0)

@@ -31,8 +31,7 @@ from transformers import (
 
 from supmer_ray.data.embed import _means, mean_pooled
 from supmer_ray.errors import UserError
-from supmer_ray.fewshot.encoding import outline
-from supmer_ray.model.backbone import Backbone, _spread, load_backbone
+from supmer_ray.model.backbone import Backbone, _spread, load_backbone, outline
 from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.packed import Layout
 from supmer_ray.model.prompted import Rows, encode_prompted

@@ -10,8 +10,8 @@ from tiny import make_tiny_bart, make_tiny_t5
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.definition import TaskDefinition, load_definition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities, outline
-from supmer_ray.model.backbone import Backbone, load_backbone
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
+from supmer_ray.model.backbone import Backbone, load_backbone, outline
 from supmer_ray.model.prompted import IGNORED
 from supmer_ray.tasks.formats import shortened
 
