@@ -101,7 +101,7 @@ def _packing_seconds(builder: TaskBuilder, backbone: Backbone, step: int) -> flo
     started = time.process_time()
     for examples in (batch.support, batch.query, batch.partner):
         for index in micro_batches(examples.lengths, RUN["prompt"]["length"], backbone.token_budget):
-            collate(examples, index, pad=backbone.pad, start=backbone.start, device=backbone.device)
+            collate(backbone, examples, index)
     return time.process_time() - started
 
 

@@ -191,7 +191,7 @@ def _saved_bytes(settings: StepSettings, lengths: Lengths, device: torch.device)
     backbone = random_backbone(settings.size, device, getattr(torch, settings.precisions[0]))
     forward: Any = backbone.forward
     batch, _ = task_batch(1, 2, 1, lengths, seed=0)
-    rows = collate(batch.support, np.arange(2), pad=backbone.pad, start=backbone.start, device=device)
+    rows = collate(backbone, batch.support, np.arange(2))
     prompt = torch.zeros(1, settings.prompt, backbone.d_model, device=device, requires_grad=True)
     with torch.no_grad():  # the forward merges some weights and makes its bias once, at its first use
         encode_prompted(backbone, prompt, rows)

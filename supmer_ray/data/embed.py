@@ -94,7 +94,7 @@ def mean_pooled(backbone: Backbone, examples: Examples, tokens_per_batch: int) -
     # What the backbone makes once, the gradient of a later prompt may need: no inference mode.
     with torch.no_grad():
         for chosen in micro_batches(examples.lengths, 0, tokens_per_batch):
-            rows = collate(examples, chosen, pad=backbone.pad, start=backbone.start, device=backbone.device)
+            rows = collate(backbone, examples, chosen)
             states = backbone.encode(backbone.embed(rows.input_ids), rows.layout)
             result.index_copy_(0, to_device(chosen, backbone.device), _means(states, rows.layout))
     return result

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from supmer_ray.config import AdaptConfig
-from supmer_ray.fewshot.encoding import Split
+from supmer_ray.fewshot.encoding import Split, label_probabilities
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.prompted import (
     IGNORED,
@@ -125,7 +125,7 @@ def adapt(
             backbone, prompts.detach(), [run.dev.examples for run in runs], tokens, token_budget=token_budget
         )
         for number, (run, own) in enumerate(zip(runs, scores, strict=True)):
-            evaluation = Evaluation(step, *accuracy_and_loss(run.dev.label_probabilities(own), run.dev.answers))
+            evaluation = Evaluation(step, *judged(run.dev, own))
             history[number].append(evaluation)
             if step == 0:
                 best.append(evaluation)
@@ -240,7 +240,7 @@ class _Pool:
 
     def collate(self, backbone: Backbone, rows: np.ndarray, task: np.ndarray) -> Rows:
         """These rows of the pool as a micro-batch, each with its run's prompt."""
-        batch = collate(self._examples, rows, pad=backbone.pad, start=backbone.start, device=backbone.device)
+        batch = collate(backbone, self._examples, rows)
         return replace(batch, task=to_device(task.astype(np.int64), backbone.device))
 
 
@@ -278,6 +278,11 @@ def accuracy_and_loss(probabilities: np.ndarray, answers: np.ndarray) -> tuple[f
     return accuracy, float(-np.log(np.maximum(right, np.finfo(np.float64).tiny)).mean())
 
 
+def judged(split: Split, scores: np.ndarray) -> tuple[float, float]:
+    """Accuracy and mean −log p of the right label, from the (examples, words) probabilities of a split's examples."""
+    return accuracy_and_loss(label_probabilities(scores, split.offered), split.answers)
+
+
 def _test_accuracies(
     backbone: Backbone, runs: Sequence[AdaptRun], prompts: Tensor, token_budget: int | None, progress: Progress | None
 ) -> list[float | None]:
@@ -294,5 +299,5 @@ def _test_accuracies(
         progress=progress,
     )
     for (number, _, test), own in zip(tested, scores, strict=True):
-        accuracies[number] = accuracy_and_loss(test.label_probabilities(own), test.answers)[0]
+        accuracies[number] = judged(test, own)[0]
     return accuracies

@@ -26,7 +26,7 @@ from supmer_ray.fewshot.definition import (
     pattern_parts,
 )
 from supmer_ray.model.backbone import Backbone
-from supmer_ray.model.prompted import IGNORED
+from supmer_ray.model.prompted import ANSWER, IGNORED
 from supmer_ray.tasks.batch import Examples
 from supmer_ray.tasks.formats import shortened
 
@@ -55,10 +55,6 @@ class Split:
             return rows
         labels = self.offered.shape[1]
         return (rows[:, None] * labels + np.arange(labels))[self.offered[rows]]
-
-    def label_probabilities(self, scores: np.ndarray) -> np.ndarray:
-        """Probabilities of the words of each example → of the labels (n, labels); see the function of that name."""
-        return label_probabilities(scores, self.offered)
 
 
 def label_probabilities(scores: np.ndarray, offered: np.ndarray | None) -> np.ndarray:
@@ -124,7 +120,7 @@ class TaskEncoder:
                 f"{max_length} tokens; shorten the pattern or raise max_length."
             )
         self._targets = self._target_tokens(own.verbalizers or definition.verbalizers)
-        self.verbalizer_ids = self._targets[:, 1].astype(np.int64)
+        self.verbalizer_ids = self._targets[:, ANSWER].astype(np.int64)
 
     def inputs(self, frame: pd.DataFrame) -> Examples:
         """The rows' encoder inputs, without targets."""

@@ -24,8 +24,8 @@ from supmer_ray.fewshot.adapt import (
     AdaptRun,
     Evaluation,
     Progress,
-    accuracy_and_loss,
     adapt,
+    judged,
     score,
     vocabulary_prompt,
 )
@@ -187,7 +187,7 @@ def _accuracies(
     by_split = []
     for split in splits:
         scores = score(backbone, prompts, [split.examples] * len(runs), words, token_budget=token_budget)
-        by_split.append([accuracy_and_loss(split.label_probabilities(own), split.answers)[0] for own in scores])
+        by_split.append([judged(split, own)[0] for own in scores])
     return [list(own) for own in zip(*by_split, strict=True)]
 
 

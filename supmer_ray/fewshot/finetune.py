@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from supmer_ray.config import AdaptConfig
-from supmer_ray.fewshot.adapt import AdaptRun, Evaluation, accuracy_and_loss, score, training_batches
+from supmer_ray.fewshot.adapt import AdaptRun, Evaluation, judged, score, training_batches
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.prompted import encode_prompted, label_losses, micro_batches
@@ -42,13 +42,13 @@ def finetune(
 
     def evaluate(step: int) -> Evaluation:
         [scores] = score(tuned, prompt, [run.dev.examples], [run.verbalizer_ids], token_budget=token_budget)
-        return Evaluation(step, *accuracy_and_loss(run.dev.label_probabilities(scores), run.dev.answers))
+        return Evaluation(step, *judged(run.dev, scores))
 
     best, kept = evaluate(0), _weights(tuned)
     for step in range(1, config.steps + 1):
         drawn = next(batches)
         for part in micro_batches(examples.lengths[drawn], prompt.shape[1], token_budget or tuned.token_budget):
-            rows = collate(examples, drawn[part], pad=tuned.pad, start=tuned.start, device=tuned.device)
+            rows = collate(tuned, examples, drawn[part])
             states, layout = encode_prompted(tuned, prompt, rows)
             losses = label_losses(tuned, states, layout, rows, answers_only=config.loss == "answers")
             (losses.sum() / len(drawn)).backward()

@@ -27,7 +27,7 @@ from supmer_ray.model.prompted import ANSWER, Rows, choice_log_p, encode_prompte
 from supmer_ray.tasks.batch import Examples, TaskBatch
 from supmer_ray.tasks.collate import collate, to_device
 
-MIXED_POSITIONS = 2
+MIXED_POSITIONS = ANSWER + 1
 """The decoder positions that carry the mixed target: the sentinel and the label word."""
 
 PHASES = ("support", "query", "reduce")
@@ -198,7 +198,7 @@ class MetaStep:
         counts = self._counts(batch.query, len(batch))
         with torch.no_grad():
             for index in self._micro_batches(batch.query, prompt.shape[0]):
-                rows = self._rows(batch.query, index)
+                rows = collate(self.backbone, batch.query, index)
                 states, layout = encode_prompted(self.backbone, adapted, rows)
                 logits = self._target_logits(states, layout, rows)
                 (own,) = self._log_p(logits, rows.choices, rows.labels)
@@ -211,11 +211,6 @@ class MetaStep:
 
     def _micro_batches(self, examples: Examples, prompt_length: int) -> list[np.ndarray]:
         return micro_batches(examples.lengths, prompt_length, self.token_budget)
-
-    def _rows(self, examples: Examples, index: np.ndarray, widths: np.ndarray | None = None) -> Rows:
-        """The chosen examples."""
-        backbone = self.backbone
-        return collate(examples, index, pad=backbone.pad, start=backbone.start, widths=widths, device=backbone.device)
 
     def _counts(self, examples: Examples, tasks: int) -> Tensor:
         counts = np.bincount(examples.task, minlength=tasks).astype(np.float32)
@@ -230,7 +225,7 @@ class MetaStep:
         """
         second_order = self.second_order and differentiable
         at = adapted if second_order else adapted.detach().requires_grad_()
-        batches = (self._rows(support, part) for part in index)
+        batches = (collate(self.backbone, support, part) for part in index)
         sizes = self._counts(support, len(at)).to(at.dtype)
         return prompt_gradients(
             self.backbone, at, batches, sizes, answers_only=self.answers_only, differentiable=second_order
@@ -271,13 +266,13 @@ class MetaStep:
     ) -> tuple[Tensor, Rows]:
         """Σ KL(target ‖ p) over the mixed positions, of each example in `index`."""
         if alone:
-            rows = self._rows(batch.query, index)
+            rows = collate(self.backbone, batch.query, index)
             states, layout = encode_prompted(self.backbone, at, rows)
             (own,) = self._log_p(self._target_logits(states, layout, rows), rows.choices, rows.labels)
             return -own.sum(dim=1), rows
         # The shorter of the two is encoded with padding, because the union of both masks reads it there.
         widths = np.maximum(batch.query.lengths[index], batch.partner.lengths[index])
-        rows, partner = (self._rows(part, index, widths) for part in (batch.query, batch.partner))
+        rows, partner = (collate(self.backbone, part, index, widths=widths) for part in (batch.query, batch.partner))
         states, _ = encode_prompted(self.backbone, at, Rows.concat(rows, partner))
         own_states, partner_states = states.chunk(2)
         union = rows.layout.union(partner.layout).behind(at.shape[1])

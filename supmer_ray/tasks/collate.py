@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
@@ -9,24 +11,20 @@ from supmer_ray.model.packed import Layout, moved
 from supmer_ray.model.prompted import IGNORED, Rows
 from supmer_ray.tasks.batch import Examples
 
+if TYPE_CHECKING:
+    from supmer_ray.model.backbone import Backbone
 
-def collate(
-    examples: Examples,
-    rows: np.ndarray,
-    *,
-    pad: int,
-    start: int,
-    widths: np.ndarray | None = None,
-    device: torch.device | str = "cpu",
-) -> Rows:
-    """The chosen rows, one after the other, as tensors on `device`.
+
+def collate(backbone: Backbone, examples: Examples, rows: np.ndarray, *, widths: np.ndarray | None = None) -> Rows:
+    """The chosen rows, one after the other, as tensors on the backbone's device.
+
+    The decoder reads `start` first; the rest of its input is the labels shifted by one.
 
     Args:
-        pad: id that fills; nothing attends to it.
-        start: id that the decoder reads first; the rest of its input is the labels shifted by one.
+        rows: (B,) numbers of the examples.
         widths: (B,) positions to encode of each row, at least its length; unset: its length.
     """
-    device = torch.device(device)
+    device, pad, start = backbone.device, backbone.pad, backbone.start
     lengths = examples.lengths[rows]
     widths = lengths if widths is None else widths
     place = np.arange(widths.sum()) - np.repeat(np.cumsum(widths) - widths, widths)

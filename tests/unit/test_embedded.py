@@ -103,7 +103,7 @@ def test_it_names_words_under_a_prompt(folder):
     ]
     inputs = [[*backbone.prefix, *ids, *backbone.suffix] for ids in backbone.tokenize(texts)]
     examples = Examples.of(inputs, [[backbone.closing]] * len(texts))
-    rows = collate(examples, np.arange(len(texts)), pad=backbone.pad, start=backbone.start)
+    rows = collate(backbone, examples, np.arange(len(texts)))
     choices = torch.tensor([ids[0] for ids in backbone.tokenize(topics)])
     for length in (0, 10):
         prompt = backbone.random_rows(length, 5000, torch.Generator().manual_seed(0))

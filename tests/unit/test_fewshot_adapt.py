@@ -116,7 +116,7 @@ def test_gradient_and_embedding_are_those_of_each_run_alone(backbone, runs, answ
         # One example at a time, no padding: the plainest way to say it.
         losses, states = [], []
         for row in chosen:
-            one = collate(run.train.examples, np.array([row]), pad=backbone.pad, start=backbone.start)
+            one = collate(backbone, run.train.examples, np.array([row]))
             kept = one.labels[0] != -100
             one = replace(one, decoder_input_ids=one.decoder_input_ids[:, kept], labels=one.labels[:, kept])
             encoded, layout = encode_prompted(backbone, prompt, one)

@@ -218,8 +218,7 @@ def test_answers_alone_are_told_from_the_answers_of_both_tasks(backbone, regular
     for i, task in enumerate(batch.query.task):
         width = max(batch.query.lengths[i], batch.partner.lengths[i])
         rows, partner = (
-            collate(part, np.array([i]), pad=0, start=0, widths=np.array([width]))
-            for part in (batch.query, batch.partner)
+            collate(backbone, part, np.array([i]), widths=np.array([width])) for part in (batch.query, batch.partner)
         )
         both = [encode_prompted(backbone, adapted, part)[0] for part in (rows, partner)]
         union = Layout(rows.layout.widths, rows.layout.widths).behind(PROMPT)
@@ -237,7 +236,7 @@ def test_answers_alone_drive_the_inner_step(backbone, regularizer):
     batch, prompt = make_batch(tasks=1), make_prompt()
     found = MetaStep(backbone, regularizer, answers_only=True)(prompt, RATES, batch, np.ones(6))
     theta = prompt[None].clone().requires_grad_()
-    rows = collate(batch.support, np.arange(4), pad=0, start=0)
+    rows = collate(backbone, batch.support, np.arange(4))
     logits = backbone.logits(*encode_prompted(backbone, theta, rows), rows.decoder_input_ids)[:, 1, 10:13]
     loss = torch.nn.functional.cross_entropy(logits, rows.labels[:, 1] - 10)
     torch.testing.assert_close(found.tasks["support_loss"][0], loss.detach(), rtol=1e-9, atol=1e-12)
@@ -271,7 +270,7 @@ def test_queries_and_partners_encoded_together_insert_their_own_vectors(backbone
     prompts = make_prompt().expand(3, -1, -1)
     index = np.arange(len(batch.query))
     widths = np.maximum(batch.query.lengths, batch.partner.lengths)
-    rows, partner = (collate(part, index, pad=0, start=0, widths=widths) for part in (batch.query, batch.partner))
+    rows, partner = (collate(backbone, part, index, widths=widths) for part in (batch.query, batch.partner))
     together, _ = encode_prompted(backbone, prompts, Rows.concat(rows, partner))
     apart = [encode_prompted(backbone, prompts, part)[0] for part in (rows, partner)]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-9, atol=1e-12)
@@ -283,7 +282,7 @@ def test_validation_counts_the_answers_that_outscore_the_others_of_their_task(ex
     adapted = prompt - RATES[0] * step(prompt, RATES, batch, np.ones(18)).update
     hits, said = torch.zeros(3, dtype=torch.float64), set()
     for i, task in enumerate(batch.query.task):
-        rows = collate(batch.query, np.array([i]), pad=0, start=0)
+        rows = collate(exact_backbone, batch.query, np.array([i]))
         states, layout = encode_prompted(exact_backbone, adapted, rows)
         logits = exact_backbone.logits(states, layout, rows.decoder_input_ids)[0, 1]
         best = max((10, 11, 12), key=lambda word: float(logits[word]))

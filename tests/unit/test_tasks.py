@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tiny_bart, make_tiny_t5
@@ -378,10 +379,11 @@ def test_collation_pads_and_loses_nothing(pairs, random):
     inputs, labels = zip(*pairs, strict=True)
     examples = Examples.of(inputs, labels, np.ones((3, 4)))
     order = np.array(random.sample(range(len(inputs)), len(inputs)))
-    rows = collate(examples, order, pad=7, start=9)
+    backbone = SimpleNamespace(pad=7, start=9, device=torch.device("cpu"))
+    rows = collate(backbone, examples, order)
     assert rows.layout.widths == rows.layout.keys == tuple(len(inputs[number]) for number in order)
     widths = examples.lengths[order] + np.array([random.randint(0, 5) for _ in order])
-    wide = collate(examples, order, pad=7, start=9, widths=widths)
+    wide = collate(backbone, examples, order, widths=widths)
     assert wide.layout.widths == tuple(widths) and wide.layout.keys == rows.layout.keys
     parts = zip(rows.input_ids.split(rows.layout.widths), wide.input_ids.split(wide.layout.widths), strict=True)
     for at, (own, padded) in enumerate(parts):
