@@ -34,13 +34,27 @@ Loss = Literal["vocabulary", "answers"]
 """What an answer must be told from: every word of the vocabulary, position by position of the target, as in the paper;
 or the task's own answers alone, where the word of the answer stands."""
 
+GpuShare = Annotated[float, Field(ge=0.001, le=1)]
+
+MicroBatchTokens = Annotated[
+    int | None,
+    Field(
+        ge=64,
+        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of a GPU's memory (its share of "
+        "it) holds",
+    ),
+]
+
+VOCABULARY_ROWS = 5000
+"""A prompt starts from random rows of the embedding table with ids below this, unless another limit is given."""
+
 
 class PromptConfig(Section):
     """The soft prompt θ."""
 
     length: int = Field(100, ge=1, le=1000, description="P, rows of the prompt")
     vocabulary_rows: int = Field(
-        5000, ge=1, description="θ starts from random rows of the embedding table with ids below this"
+        VOCABULARY_ROWS, ge=1, description="θ starts from random rows of the embedding table with ids below this"
     )
 
 
@@ -144,20 +158,15 @@ class WorkersConfig(Section):
     count: int = Field(1, ge=1, description="Ray Train workers; each takes tasks_per_step / count tasks")
     cpus: float = Field(1.0, gt=0, description="CPUs a worker reserves")
     gpu: bool | None = Field(None, description="a GPU, or gpu_share of one, a worker; unset: if the cluster has them")
-    gpu_share: float = Field(
-        1.0, ge=0.001, le=1, description="what a worker takes of its GPU: runs with small models leave most of one idle"
+    gpu_share: GpuShare = Field(
+        1.0, description="what a worker takes of its GPU: runs with small models leave most of one idle"
     )
     builders: int = Field(1, ge=1, description="builders of meta-tasks that feed each worker")
     max_failures: int = Field(3, ge=0, description="worker failures that a run survives")
     precision: Precision | None = Field(
         None, description="of the frozen weights; unset: bfloat16 on a GPU, float32 on a CPU"
     )
-    tokens_per_micro_batch: int | None = Field(
-        None,
-        ge=64,
-        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of a GPU's memory (its share of "
-        "it) holds",
-    )
+    tokens_per_micro_batch: MicroBatchTokens = None
     checkpoint_activations: bool = Field(
         False, description="compute activations again in the backward: less memory, a third more work (T5 only)"
     )
@@ -511,15 +520,8 @@ class EvaluateConfig(Section):
     precision: Precision | None = Field(
         None, description="of the frozen weights in adaptation; unset: bfloat16 on a GPU, float32 on a CPU"
     )
-    gpu_share: float = Field(
-        1.0, ge=0.001, le=1, description="what a cell takes of a GPU: few examples leave most of one idle"
-    )
-    tokens_per_micro_batch: int | None = Field(
-        None,
-        ge=64,
-        description="encoder tokens, prompt included; unset: 4096 on a CPU, what half of a GPU's memory (its share of "
-        "it) holds",
-    )
+    gpu_share: GpuShare = Field(1.0, description="what a cell takes of a GPU: few examples leave most of one idle")
+    tokens_per_micro_batch: MicroBatchTokens = None
     adapt: AdaptConfig = AdaptConfig()
     run: RunConfig = RunConfig()
     prepare: PrepareConfig | None = Field(None, description="how to make the store where none is given")

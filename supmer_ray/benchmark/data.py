@@ -53,7 +53,7 @@ def measure_data(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     store = Store.open(path)
     backbone = load_backbone(store.manifest.backbone.name)
     config = TasksConfig(max_length=400 if backbone.max_positions else 412)
-    formats = Formats.of(backbone, config.max_length, config.anchor_length, config.candidate_length)
+    formats = Formats.of(backbone, config)
     builder = TaskBuilder(store, formats, config, seed=0)
     for step in range(5):
         builder.shard(step, 0, 1).to_arrow()

@@ -89,7 +89,7 @@ class Lengths:
         opened = Store.open(store)
         backbone = load_backbone(opened.manifest.backbone.name)
         config = TasksConfig(max_length=max_length)
-        formats = Formats.of(backbone, config.max_length, config.anchor_length, config.candidate_length)
+        formats = Formats.of(backbone, config)
         builder = TaskBuilder(opened, formats, config, seed=0)
         tasks = [builder.validation_task(name, index) for name in PAPER_TASK_TYPES for index in range(60)]
         return Lengths(f"of {store.name}", np.concatenate([task.query.lengths for task in tasks]))

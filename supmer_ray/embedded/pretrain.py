@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from supmer_ray.config import TasksConfig
 from supmer_ray.embedded.assemble import (
     SENTINEL_LIFT,
     assemble,
@@ -169,7 +170,8 @@ class Pretraining:
             for part, rate in (("encoder.", config.encoder_rate), ("decoder.", config.rate))
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-        self.formats = Formats.of(self.backbone, max_length=412, anchor_length=80, candidate_length=SENTENCE_TOKENS)
+        lengths = TasksConfig(max_length=412, anchor_length=80, candidate_length=SENTENCE_TOKENS)
+        self.formats = Formats.of(self.backbone, lengths)
         self.progress = Progress()
 
     def read_text(self) -> None:

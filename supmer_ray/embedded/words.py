@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from supmer_ray.config import VOCABULARY_ROWS
 from supmer_ray.data.keywords import class_tf_idf
 from supmer_ray.embedded.corpus import SOURCES, Corpus, TaskStore
 from supmer_ray.model.backbone import Backbone
@@ -155,11 +156,15 @@ class WordExamples:
     @cached_property
     def _tails(self) -> dict[str, list[tuple[list[int], list[int]]]]:
         """(before, after) ids of each tail."""
+
+        def ids(piece: str) -> list[int]:
+            return self.backbone.tokenize([piece])[0] if piece.strip() else []
+
         split = {}
         for kind, tails in (("matter", MATTER_TAILS), ("manner", MANNER_TAILS)):
             pieces = [tail.split("{}") for tail in tails]
-            split[kind] = [tuple(self.backbone.tokenize([p])[0] if p.strip() else [] for p in pair) for pair in pieces]
-        return split  # type: ignore[return-value]
+            split[kind] = [(ids(before), ids(after)) for before, after in pieces]
+        return split
 
     def draw(self, kind: str, generator: np.random.Generator, *, plain: bool = False) -> WordExample:
         """An example whose answers are up to `ANSWERS` words.
@@ -302,6 +307,6 @@ class WordExamples:
 
 
 def random_rows(longest: int, generator: np.random.Generator) -> list[int]:
-    """Up to `longest` random ids under 5000, often none: what a few-shot prompt starts from."""
+    """Up to `longest` random ids under `VOCABULARY_ROWS`, often none: what a few-shot prompt starts from."""
     length = int(generator.integers(0, longest + 1)) if generator.random() < 0.85 else 0
-    return generator.integers(0, 5000, length).tolist()
+    return generator.integers(0, VOCABULARY_ROWS, length).tolist()

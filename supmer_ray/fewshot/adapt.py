@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supmer_ray.config import AdaptConfig
+from supmer_ray.config import VOCABULARY_ROWS, AdaptConfig
 from supmer_ray.fewshot.encoding import Split, label_probabilities
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.prompted import (
@@ -89,7 +89,7 @@ class AdaptResult:
     losses: np.ndarray
 
 
-def vocabulary_prompt(backbone: Backbone, length: int, seed: int, below: int = 5000) -> Tensor:
+def vocabulary_prompt(backbone: Backbone, length: int, seed: int, below: int = VOCABULARY_ROWS) -> Tensor:
     """(length, d) float32: the prompt of plain prompt tuning, rows of random words with ids under `below`."""
     return backbone.random_rows(length, below, torch.Generator().manual_seed(seed)).cpu()
 

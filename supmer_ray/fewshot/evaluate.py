@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from supmer_ray.config import AdaptConfig
+from supmer_ray.config import VOCABULARY_ROWS, AdaptConfig
 from supmer_ray.errors import require_new_folder
 from supmer_ray.fewshot.adapt import (
     AdaptResult,
@@ -75,7 +75,7 @@ def evaluate_method(
     *,
     checkpoint: Checkpoint | None = None,
     prompt_length: int = 10,
-    vocabulary_rows: int = 5000,
+    vocabulary_rows: int = VOCABULARY_ROWS,
     pattern: int = 0,
     token_budget: int | None = None,
     progress: Progress | None = None,
@@ -157,7 +157,7 @@ def _runs(
     seeds: Sequence[int],
     checkpoint: Checkpoint | None,
     prompt_length: int,
-    vocabulary_rows: int = 5000,
+    vocabulary_rows: int = VOCABULARY_ROWS,
 ) -> list[AdaptRun]:
     def prompt(seed: int) -> Tensor:
         if checkpoint:

@@ -345,8 +345,7 @@ def make_formats(config: RunConfig, backbone: Backbone) -> Formats:
             f"prompt.length {config.prompt.length} and tasks.max_length {config.tasks.max_length} need {longest} "
             f"positions, but '{backbone.name}' has {backbone.max_positions}; lower one of them."
         )
-    tasks = config.tasks
-    return Formats.of(backbone, tasks.max_length, tasks.anchor_length, tasks.candidate_length)
+    return Formats.of(backbone, config.tasks)
 
 
 class Every:

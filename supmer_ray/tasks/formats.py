@@ -15,6 +15,7 @@ import numpy as np
 from supmer_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from supmer_ray.config import TasksConfig
     from supmer_ray.model.backbone import Backbone
 
 PAIR_ANSWERS = ("yes", "no", "maybe")
@@ -85,8 +86,8 @@ class Formats:
     candidate_length: int
 
     @staticmethod
-    def of(backbone: Backbone, max_length: int, anchor_length: int, candidate_length: int) -> Formats:
-        """The formats in the vocabulary of `backbone`.
+    def of(backbone: Backbone, config: TasksConfig) -> Formats:
+        """The formats in the vocabulary of `backbone`, with the lengths that `config` allows.
 
         Raises:
             UserError: two answers begin with the same token, so that the model could not tell them apart.
@@ -122,9 +123,9 @@ class Formats:
             option_marks=tuple(tuple(mark) for mark in marks),
             question=tuple(backbone.tokenize([". ? The correct one is"])[0]),
             tails=tuple((ids(before), ids(after)) for before, after in tails),
-            max_length=max_length,
-            anchor_length=anchor_length,
-            candidate_length=candidate_length,
+            max_length=config.max_length,
+            anchor_length=config.anchor_length,
+            candidate_length=config.candidate_length,
         )
 
     def target(self, word: int) -> list[int]:

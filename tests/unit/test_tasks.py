@@ -337,7 +337,7 @@ SPELLED = [
 def test_answers_are_the_tokens_of_words_behind_a_space(tmp_path, make, space):
     """A byte-level BPE tells " A" from "A"; what is asked for is the letter that the options show."""
     backbone = load_backbone(str(make(tmp_path, SPELLED * 5)))
-    formats = Formats.of(backbone, 60, 20, 10)
+    formats = Formats.of(backbone, TasksConfig(max_length=60, anchor_length=20, candidate_length=10))
     assert backbone.word_space == space
     for word, number in formats.words.items():
         assert [number] == backbone.tokenize([space + word])[0]
