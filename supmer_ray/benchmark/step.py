@@ -17,7 +17,9 @@ from supmer_ray.benchmark.memory import peak_memory
 from supmer_ray.benchmark.workload import Lengths, random_backbone, step_flops, task_batch
 from supmer_ray.meta.step import MetaGradients, MetaStep
 from supmer_ray.model.backbone import Backbone
+from supmer_ray.model.prompted import encode_prompted
 from supmer_ray.model.regularizer import Regularizer
+from supmer_ray.tasks.collate import collate
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
 """Side of the square matrices whose product measures what the device can do."""
@@ -149,8 +151,10 @@ def _difference(found: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _summed(step: MetaStep, *arguments: Any, compiled: bool) -> Callable[[], torch.Tensor]:
+    forward: Any = step.backbone.forward
+
     def run() -> torch.Tensor:
-        step.backbone.forward.compiled = compiled  # type: ignore[attr-defined]
+        forward.compiled = compiled
         found: MetaGradients = step(*arguments)
         return found.prompt
 
@@ -185,9 +189,6 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 def _saved_bytes(settings: StepSettings, lengths: Lengths, device: torch.device) -> float:
     """Bytes a token that the encoder keeps for its backward, counted as autograd stores them, without checkpointing."""
-    from supmer_ray.model.prompted import encode_prompted
-    from supmer_ray.tasks.collate import collate
-
     backbone = random_backbone(settings.size, device, getattr(torch, settings.precisions[0]))
     forward: Any = backbone.forward
     batch, _ = task_batch(1, 2, 1, lengths, seed=0)

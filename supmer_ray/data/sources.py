@@ -22,9 +22,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -298,7 +299,10 @@ class JsonList:
         with _readable(self.path):
             rows = _read_json(self.filesystem, self.path)
         for number, row in enumerate(rows, start=1):
-            yield from _json_text(row, self.column, lambda number=number: f"Row {number} of {self.path}")
+            yield from _json_text(row, self.column, partial(self._where, number))
+
+    def _where(self, number: int) -> str:
+        return f"Row {number} of {self.path}"
 
 
 @dataclass(frozen=True)
@@ -391,7 +395,7 @@ class CatalogDocuments:
         return (document.text for document in unlabelled(self.name))
 
 
-def _json_text(row: Any, column: str, where: Any) -> Iterator[str]:
+def _json_text(row: Any, column: str, where: Callable[[], str]) -> Iterator[str]:
     """The row's text, or nothing where it is null."""
     if not isinstance(row, dict):
         raise UserError(f'{where()} is no JSON object; write {{"{column}": "…"}}.')
@@ -412,7 +416,7 @@ def _require_column(column: str, schema: pa.Schema, path: str) -> None:
         raise UserError(f"The column '{column}' of {path} holds {kind}, not text; name another as SOURCE::COLUMN.")
 
 
-def _no_column(column: str, where: str, known: Any) -> str:
+def _no_column(column: str, where: str, known: Iterable[str]) -> str:
     return f"{where} has no column '{column}' (it has {', '.join(known)}); name the text column as SOURCE::COLUMN."
 
 

@@ -24,6 +24,7 @@ from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, read_sealed
 from supmer_ray.meta.learner import Learner
+from supmer_ray.meta.record import NoRecord, Record
 from supmer_ray.meta.run import CONFIG_FILE, GROUP_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in
 from supmer_ray.meta.state import MetaState
 from supmer_ray.model.backbone import Backbone, load_backbone
@@ -100,6 +101,11 @@ def work(plan: RunPlan) -> None:
 
     What a restart would find again (settings that do not fit the backbone, a store that is not seen from here,
     gradients that are not finite) ends the run with a sentence for the driver.
+
+    Raises:
+        RuntimeError: the run's folder is not seen from here, or the workers read different snapshots; Ray Train then
+            restarts them.
+        RefusedAmidst: this worker refuses while the others wait for it.
     """
     if plan.out.read(REFUSAL_FILE) is not None:
         return  # Ray Train has started all workers again after one had refused to go on
@@ -189,27 +195,14 @@ def meta_train(plan: RunPlan, host: Host) -> None:
         UserError: settings, store and backbone do not fit each other.
         FloatingPointError: too many steps in a row whose gradient is not finite.
     """
-    from supmer_ray.meta.record import NoRecord, Record
     from supmer_ray.tasks.stream import ShardSource, ahead, stream_shards
 
     config, rank = plan.config, host.rank
     reached = {"worker": time.time()}
     with begun_together(host.device):
         store = Store.open(plan.store)
-        if host.device.type == "cpu":
-            # Builders are idle most of the time, so a CPU worker may use its whole share of the node.
-            share = int(this_node_cpus()) // max(host.local_workers, plan.beside)
-            torch.set_num_threads(max(1, int(config.workers.cpus), share))
-        dtype = getattr(torch, config.workers.precision) if config.workers.precision else None
-        backbone = load_backbone(
-            store.manifest.backbone.name, device=host.device, dtype=dtype, gpu_share=config.workers.gpu_share
-        )
+        backbone = _backbone(plan, host, store)
         reached["backbone"] = time.time()
-        require_same_backbone(store, backbone)
-        if config.workers.checkpoint_activations:
-            backbone.checkpoint_activations()
-        if config.workers.compile_norms:
-            backbone.compile_norms()
         formats = make_formats(config, backbone)
 
         identity = checkpoint_identity(store)
@@ -281,6 +274,28 @@ def meta_train(plan: RunPlan, host: Host) -> None:
                 text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."
                 record.write({"kind": "notice", "step": done, "text": text})
                 break
+
+
+def _backbone(plan: RunPlan, host: Host, store: Store) -> Backbone:
+    """The backbone that the store was prepared with, as the run's settings want it computed.
+
+    Raises:
+        UserError: it cannot be loaded, has other weights than the store was prepared with, or cannot be computed so.
+    """
+    workers = plan.config.workers
+    if host.device.type == "cpu":
+        # Builders are idle most of the time, so a CPU worker may use its whole share of the node.
+        share = int(this_node_cpus()) // max(host.local_workers, plan.beside)
+        torch.set_num_threads(max(1, int(workers.cpus), share))
+    dtype = getattr(torch, workers.precision) if workers.precision else None
+    name = store.manifest.backbone.name
+    backbone = load_backbone(name, device=host.device, dtype=dtype, gpu_share=workers.gpu_share)
+    require_same_backbone(store, backbone)
+    if workers.checkpoint_activations:
+        backbone.checkpoint_activations()
+    if workers.compile_norms:
+        backbone.compile_norms()
+    return backbone
 
 
 def restore(
