@@ -333,13 +333,20 @@ def _conclude(config: SweepConfig, found: ray_tune.ResultGrid, out: Path) -> Swe
 
 
 def _require_same_sweep(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the sweep in `out` was started with; another search than that is refused."""
+    """What the sweep in `out` was started with.
+
+    Raises:
+        UserError: there is none, its description is damaged, or it is another search.
+    """
+    file = out / SWEEP_FILE
     try:
-        started: dict[str, Any] = json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{out} holds no sweep to resume ({SWEEP_FILE} is missing or damaged).") from None
+        started: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{out} holds no sweep to resume ({SWEEP_FILE} is missing); start without --resume.") from None
+    except (OSError, ValueError):
+        raise UserError(f"{file} is damaged; start the sweep anew with --overwrite.") from None
     if isinstance(started.get("sweep"), dict):
-        started["sweep"] = completed(SweepConfig, started["sweep"], str(out / SWEEP_FILE))
+        started["sweep"] = completed(SweepConfig, started["sweep"], str(file))
     for key, what in (("store", "store"), ("task", "few-shot task"), ("sweep", "configuration")):
         if started.get(key) != json.loads(json.dumps(settings[key])):
             raise UserError(

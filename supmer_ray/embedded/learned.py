@@ -20,6 +20,7 @@ from supmer_ray.embedded import LEARNED
 from supmer_ray.errors import UserError
 from supmer_ray.files import read_sealed, seal, whole_folder
 from supmer_ray.meta.record import read_rows
+from supmer_ray.meta.run import PROGRESS, PROMPT, REGULARIZER
 from supmer_ray.train import CHECKPOINT
 
 CARD = """# The meta-trained prompt and regularizer
@@ -64,7 +65,7 @@ def ship(run: Path, store: Path, folder: Path = LEARNED) -> None:
         raise UserError(f"{run} was meta-trained without a regularizer; what ships has one.")
     found = [row["validation"] for row in read_rows(run, "validation")]
     with whole_folder(folder) as partial:
-        for file in ("prompt.safetensors", "regularizer.safetensors", "progress.json"):
+        for file in (PROMPT, REGULARIZER, PROGRESS):
             shutil.copy(checkpoint / file, partial / file)
         description.pop("checksums")
         seal(partial, description)

@@ -29,6 +29,7 @@ from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
 from supmer_ray.files import Place, Where, read_sealed, sha256, without_keys
+from supmer_ray.meta.run import PROMPT
 from supmer_ray.reading import at, build, completed
 from supmer_ray.tasks.types import require_domains
 
@@ -112,7 +113,9 @@ class Plan:
         _once([method.name for method in self.methods], "methods of the comparison")
         for name in self.checkpoints or {}:
             if name not in [method.name for method in self.methods if method.meta is not None]:
-                raise UserError(f"The checkpoint for '{name}' is for no method that is compared and meta-trained.")
+                raise UserError(
+                    f"The checkpoint for '{name}' is for no method that is compared and meta-trained; leave it out."
+                )
 
     @property
     def given(self) -> dict[str, Place]:
@@ -170,7 +173,7 @@ class Plan:
         given = {}
         for name, place in self.given.items():
             sealed = read_sealed(place, "a checkpoint")
-            given[name] = {"folder": str(place), "prompt": sealed["checksums"]["prompt.safetensors"]}
+            given[name] = {"folder": str(place), "prompt": sealed["checksums"][PROMPT]}
         values: dict[str, Any] = {
             "suite": self.suite.model_dump(mode="json"),
             "tasks": {name: task.description() for name, task in rows.items()},

@@ -33,6 +33,9 @@ It is there from the beginning: a network disk may go on saying for a minute tha
 GROUP_FILE = "placement_group"
 """Where a run within a sweep notes what it has reserved, for the sweep to free if the trial is stopped."""
 
+PROMPT, REGULARIZER, OPTIMIZER = "prompt.safetensors", "regularizer.safetensors", "optimizer.safetensors"
+"""Within a snapshot: θ; φ, unless ψ is the identity; Adam's moments and the inner rates."""
+
 PROGRESS = "progress.json"
 """Within a snapshot: where the run stood."""
 

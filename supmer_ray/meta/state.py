@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from supmer_ray.config import RunConfig
 from supmer_ray.errors import UserError
 from supmer_ray.files import Place, Where, read_sealed, seal, write_json
-from supmer_ray.meta.run import PROGRESS
+from supmer_ray.meta.run import OPTIMIZER, PROGRESS, PROMPT, REGULARIZER
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
@@ -129,7 +129,8 @@ class MetaState:
         if mean.regularizer:
             found["regularizer"] = mean.regularizer
         if self.config.meta.learn_inner_rates:
-            found["inner_rates"] = [mean.inner_rates * self.log_rates.detach().exp()]
+            # Adam moves log α: ∂L/∂log α = α · ∂L/∂α.
+            found["inner_rates"] = [mean.inner_rates * self.inner_rates()]
         return found
 
     def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -138,15 +139,15 @@ class MetaState:
         Args:
             identity: what the checkpoint belongs to: the backbone's name and fingerprint, the store's.
         """
-        save_file({"prompt": self.prompt.detach().cpu()}, folder / "prompt.safetensors")
+        save_file({"prompt": self.prompt.detach().cpu()}, folder / PROMPT)
         if phi := {name: value.detach().cpu().contiguous() for name, value in self.regularizer.named_parameters()}:
-            save_file(phi, folder / "regularizer.safetensors")
+            save_file(phi, folder / REGULARIZER)
         moments = {
             f"{number}.{name}": torch.as_tensor(value).cpu().contiguous()
             for number, slots in self.optimizer.state_dict()["state"].items()
             for name, value in slots.items()
         }
-        save_file({**moments, "log_rates": self.log_rates.detach().cpu()}, folder / "optimizer.safetensors")
+        save_file({**moments, "log_rates": self.log_rates.detach().cpu()}, folder / OPTIMIZER)
         write_json(folder / PROGRESS, vars(self.progress))
         seal(folder, {"format": CHECKPOINT_FORMAT, **identity, "run": self.config.model_dump(mode="json")})
 
@@ -163,9 +164,9 @@ class MetaState:
                 f"The checkpoint {folder} holds a prompt of {len(checkpoint.prompt)} rows, but prompt.length is "
                 f"{config.prompt.length}; write {len(checkpoint.prompt)}, or start a new run."
             )
-        if not (folder / "optimizer.safetensors").is_file():
-            raise UserError(f"{folder} holds no optimizer.safetensors, so it cannot be resumed; start a new run.")
-        tensors = load_file(folder / "optimizer.safetensors", device=str(backbone.device))
+        if not (folder / OPTIMIZER).is_file():
+            raise UserError(f"{folder} holds no {OPTIMIZER}, so it cannot be resumed; start a new run.")
+        tensors = load_file(folder / OPTIMIZER, device=str(backbone.device))
         learned = nn.Parameter(tensors.pop("log_rates"))
         log_rates = learned if config.meta.learn_inner_rates else _log_rates(config, backbone.device)
         progress = Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
@@ -223,10 +224,10 @@ def load_checkpoint(where: Where, backbone: Backbone) -> Checkpoint:
             f"(other weights); compare or adapt on that backbone, or meta-train for this one."
         )
     config = build(RunConfig, description["run"], str(place / "config.json"))
-    prompt = _tensors(place, "prompt.safetensors")["prompt"].to(backbone.device)
+    prompt = _tensors(place, PROMPT)["prompt"].to(backbone.device)
     regularizer = make_regularizer(config, backbone.d_model)
     if config.regularizer.enabled:
-        regularizer.load_state_dict(_tensors(place, "regularizer.safetensors"))
+        regularizer.load_state_dict(_tensors(place, REGULARIZER))
     return Checkpoint(prompt, regularizer.to(backbone.device), config, description)
 
 

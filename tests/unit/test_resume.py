@@ -93,3 +93,6 @@ def test_a_sweep(tmp_path):
     assert _require_same_sweep(tmp_path, settings)["at_a_time"] == 1
     with pytest.raises(UserError, match="was started with another configuration"):
         _require_same_sweep(tmp_path, {**settings, "sweep": {**settings["sweep"], "samples": 3}})
+    (tmp_path / SWEEP_FILE).write_text("{")
+    with pytest.raises(UserError, match=rf"{SWEEP_FILE} is damaged; start the sweep anew with --overwrite"):
+        _require_same_sweep(tmp_path, settings)
