@@ -125,6 +125,7 @@ def train(
     _spare([config], out, overwrite)
     from supmer_ray.console import stage
     from supmer_ray.data.store import read_manifest
+    from supmer_ray.train import CHECKPOINT
     from supmer_ray.train import train as run
 
     own = embedded.settings_for(read_manifest(store).backbone.name)
@@ -132,7 +133,7 @@ def train(
     with stage("Meta-training", "steps") as line:
         progress = line.train_row(run_config.meta.steps)
         result = run(run_config, store, out, resume=resume, overwrite=overwrite, progress=progress)
-    print(f"{result.out / 'checkpoint'}: the meta-trained prompt and regularizer (metrics.jsonl has one row a step)")
+    print(f"{result.out / CHECKPOINT}: the meta-trained prompt and regularizer (metrics.jsonl has one row a step)")
 
 
 @app.command()
@@ -290,7 +291,7 @@ def evaluate(
     from supmer_ray.console import stage
     from supmer_ray.evaluate import evaluate as compare
     from supmer_ray.fewshot.method import load_method
-    from supmer_ray.fewshot.plan import TABLE, Plan
+    from supmer_ray.fewshot.plan import RESULTS, SUMMARY, TABLE, Plan
     from supmer_ray.fewshot.suite import Suite, load_curve, load_suite
 
     varied = load_curve(curve) if curve else None
@@ -310,7 +311,7 @@ def evaluate(
     with stage("Reading tasks", "tasks") as line:
         rows = compare(plan, out, resume=resume, overwrite=overwrite, progress=line.named)
     print((out / TABLE).read_text(encoding="utf-8"))
-    print(f"{out}: {len(rows)} rows in results.parquet, the tables above in {TABLE} and table.csv")
+    print(f"{out}: {len(rows)} rows in {RESULTS}, the tables above in {TABLE} and {SUMMARY}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Small file habits that every stage shares: digests, and outputs that appear whole or not at all."""
+"""What every stage does with files: places, locks, digests, and outputs that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def held(where: Where, who: str, *, wait: bool = False) -> Iterator[None]:
             return
 
 
-CLOUD_PATIENCE_S = 30
+CLOUD_PATIENCE_SECONDS = 30
 """Google's client would go on for 15 minutes where its storage cannot be reached."""
 
 
@@ -162,7 +162,7 @@ def remote_filesystem(uri: str) -> tuple[FileSystem, str]:
     address, mark, options = uri.partition("?")
     scheme, _, rest = address.partition("://")
     if scheme in ("gs", "gcs") and not mark:
-        mark, options = "?", f"retry_limit_seconds={CLOUD_PATIENCE_S}"
+        mark, options = "?", f"retry_limit_seconds={CLOUD_PATIENCE_SECONDS}"
     bucket, slash, path = rest.partition("/")
     # All that lies in a bucket shares one client, with its connections and what it was told of keys and region.
     shared = scheme in ("s3", "gs", "gcs") and bucket != ""
@@ -465,7 +465,12 @@ def require_outside(out: Place, inputs: Mapping[str, Iterable[Place]]) -> None:
 def require_new_place(
     place: Place, *, overwrite: bool, resume: bool = False, can_resume: bool = False, marker: str | None = None
 ) -> None:
-    """`require_new_folder`, wherever the output lies."""
+    """`require_new_folder`, wherever the output lies.
+
+    Raises:
+        UserError: as `require_new_folder` has it; in an object store also for a whole bucket, and where the store does
+            not answer.
+    """
     if not place.remote:
         require_new_folder(place.local, overwrite=overwrite, resume=resume, can_resume=can_resume, marker=marker)
         return

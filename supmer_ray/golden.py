@@ -83,7 +83,11 @@ def load_golden(file: Path) -> Golden:
 
 
 def task_batch(golden: Golden, tasks: list[int]) -> tuple[TaskBatch, np.ndarray]:
-    """The chosen tasks as one batch, and λ of each of its queries."""
+    """The chosen tasks as one batch, and λ of each of its queries.
+
+    Raises:
+        UserError: the recorded decoder read something else than the labels shifted by one.
+    """
 
     def examples(task: int, name: str) -> Examples:
         inputs = golden.tensors[f"task{task}.{name}.input_ids"].tolist()

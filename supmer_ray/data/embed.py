@@ -73,14 +73,14 @@ def framed(
     )
 
 
-def mean_pooled(backbone: Backbone, examples: Examples, tokens_per_batch: int) -> Tensor:
+def mean_pooled(backbone: Backbone, examples: Examples, token_budget: int) -> Tensor:
     """Mean over the real positions of the encoder's last hidden states.
 
     A GPU has been told what to do when it returns, and may still be at it.
 
     Args:
         examples: n framed texts.
-        tokens_per_batch: padded tokens in one forward.
+        token_budget: padded tokens in one forward.
 
     Returns:
         (n, d) float32, on the backbone's device.
@@ -93,7 +93,7 @@ def mean_pooled(backbone: Backbone, examples: Examples, tokens_per_batch: int) -
     result = torch.empty(len(examples), backbone.d_model, device=backbone.device)
     # What the backbone makes once, the gradient of a later prompt may need: no inference mode.
     with torch.no_grad():
-        for chosen in micro_batches(examples.lengths, 0, tokens_per_batch):
+        for chosen in micro_batches(examples.lengths, 0, token_budget):
             rows = collate(backbone, examples, chosen)
             states = backbone.encode(backbone.embed(rows.input_ids), rows.layout)
             result.index_copy_(0, to_device(chosen, backbone.device), _means(states, rows.layout))

@@ -92,8 +92,8 @@ def prepare(
     Args:
         out: the folder, or the URI of one (`s3://…`), that every node reaches.
         overwrite: replace a store that stands at `out`.
-        progress: told of every batch: stages "Cutting sentences" (in documents, total unknown),
-            "Embedding sentences" and "Finding domains" (in items of the families).
+        progress: told of every batch: stages "Cutting sentences" (in documents, total unknown), "Embedding sentences"
+            (in sentences) and "Finding domains" (in items of the families).
 
     Returns:
         What the store holds.

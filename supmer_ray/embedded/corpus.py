@@ -12,7 +12,7 @@ from sklearn.cluster import MiniBatchKMeans
 
 from supmer_ray.data.catalog import Document, unlabelled
 from supmer_ray.data.embed import TOKENS_PER_BATCH, framed, mean_pooled
-from supmer_ray.data.store import Family, item_rows
+from supmer_ray.data.store import FAMILIES, Family, item_rows
 from supmer_ray.model.backbone import Backbone
 
 SOURCES = ("bbc", "rotten-tomatoes", "product-reviews", "newsgroups", "reuters")
@@ -145,7 +145,7 @@ class TaskStore:
     @cached_property
     def _families(self) -> dict[str, Family]:
         families = {}
-        for name in ("nsp", "nss", "ss"):
+        for name in FAMILIES:
             rows = item_rows(name, self.corpus.bounds, 0, len(self))
             embeddings = self.embeddings[rows]
             if name != "ss":

@@ -115,7 +115,7 @@ def load_adapted(folder: Path) -> Adapted:
     """Read the folder and check its digest.
 
     Raises:
-        UserError: as `_read` has it.
+        UserError: it is no adapted folder, or a file is missing, damaged or not to be read.
     """
     return _adapted(*_read(folder))
 

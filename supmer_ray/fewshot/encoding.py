@@ -78,7 +78,11 @@ def label_probabilities(scores: np.ndarray, offered: np.ndarray | None) -> np.nd
 
 
 def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
-    """Tokens that an encoder input may have beside the prompt: `max_length`, or what the positions leave."""
+    """Tokens that an encoder input may have beside the prompt: `max_length`, or what the positions leave.
+
+    Raises:
+        UserError: the prompt leaves none.
+    """
     if backbone.max_positions is None:
         return max_length
     left = backbone.max_positions - prompt_length

@@ -267,6 +267,10 @@ def adapt_task(
     Args:
         pattern: number of the task's pattern.
         prompt_length: rows of a prompt that starts from vocabulary rows.
+
+    Raises:
+        UserError: `out` is none to write into or holds what is read, rows that do not fit the definition, too few
+            examples of a class, or a prompt, a pattern or words that the backbone cannot use.
     """
     definition = task.definition
     require_new_folder(out, overwrite=overwrite, marker=RECORD)

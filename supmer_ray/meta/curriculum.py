@@ -10,6 +10,9 @@ import numpy as np
 
 from supmer_ray.config import CurriculumConfig
 
+_MIXING_STREAM = 0xBE7A
+"""Keeps these draws apart from those of the tasks themselves, which have the same seed and index."""
+
 
 def beta_scale(similarity: float, m: float) -> float:
     """b = (m^s − 1) / (m − 1) + 1e-7, from about 0 at s = 0 to about 1 at s = 1."""
@@ -20,7 +23,7 @@ def draw_mixing(config: CurriculumConfig, similarity: float, seed: int, task_ind
     """λ ~ Beta(a, a·b) for one meta-task, a pure function of its arguments; 1 without a curriculum."""
     if not config.enabled:
         return 1.0
-    draw = np.random.default_rng([seed, task_index, 0xBE7A])
+    draw = np.random.default_rng([seed, task_index, _MIXING_STREAM])
     b = beta_scale(similarity, config.m) if config.b is None else config.b
     return float(draw.beta(config.a, config.a * b))
 

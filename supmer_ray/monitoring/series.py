@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from ray.util.metrics import Gauge
 
-PHASES = ("data", "support", "query", "reduce")
+from supmer_ray.meta.step import PHASES as STEP_PHASES
+
+PHASES = ("data", *STEP_PHASES)
 """What the seconds of a meta-step are split into: waiting for tasks, inner steps, query loss, all-reduce."""
 
 BY_TYPE = {

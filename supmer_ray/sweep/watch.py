@@ -19,6 +19,12 @@ from supmer_ray.files import Place
 from supmer_ray.meta.run import GROUP_FILE
 from supmer_ray.sweep.trial import RUNS
 
+RELEASE_SECONDS = 5.0
+"""How long a stopped trial's run is given to die."""
+
+LOOK_SECONDS = 1.0
+"""How often a sweep whose trials have not reported is looked at: whether they wait for room."""
+
 Progress = Callable[[int, int, float | None, int, str], None]
 """Called with the trials that are done, their number, the best objective so far, the steps of those at work, and what
 else is to be known."""
@@ -92,12 +98,6 @@ class Watch:
         """The placement group that the trial's last run has noted."""
         return Place(str(self._out / RUNS / trial)).read(GROUP_FILE)
 
-
-RELEASE_SECONDS = 5.0
-"""How long a stopped trial's run is given to die."""
-
-LOOK_SECONDS = 1.0
-"""How often a sweep whose trials have not reported is looked at: whether they wait for room."""
 
 _watch: Watch | None = None
 """Of the sweep that this process runs."""
