@@ -290,7 +290,12 @@ def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Place], out: Pat
     if not drops.empty:
         write_table(drops, out / GAPS)
     with whole_file(out / TABLE) as file:
-        text = markdown(rows, baseline, f"{plan.suite.name}: {len(plan.methods)} methods", _note(plan, checkpoints))
+        text = markdown(
+            rows,
+            baseline,
+            f"{plan.suite.name}: {len(plan.methods)} method{'s' if len(plan.methods) > 1 else ''}",
+            _note(plan, checkpoints),
+        )
         file.write_text(text, encoding="utf-8")
     return rows
 
