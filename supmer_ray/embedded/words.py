@@ -19,6 +19,7 @@ import numpy as np
 from supmer_ray.config import VOCABULARY_ROWS
 from supmer_ray.data.keywords import class_tf_idf
 from supmer_ray.embedded.corpus import SOURCES, Corpus, TaskStore
+from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone
 
 MATTER_SHARE = (0.45, 0.25, 0.08, 0.14, 0.08)
@@ -63,6 +64,9 @@ KEYWORDS = 6
 MOST_CLASSES = 6
 MEMBERS = (1, 2, 4, 8, 16)
 """Sentences that the vector of a class in a prompt is the mean of."""
+TRIES = 10_000
+"""Sentences that are looked at for a word to ask for; of the catalog's whole text a few suffice."""
+
 HINTS = 0.35
 """How often the prompt of a word example holds the answer among other words."""
 RARE = 3e-5
@@ -172,9 +176,12 @@ class WordExamples:
         Args:
             kind: one of WORD_SHARE.
             plain: for measuring: no prompt (but for classes, which it must tell of), and any whole word masked alike.
+
+        Raises:
+            UserError: the text is so little that it has no such words.
         """
         shares = MANNER_SHARE if kind == "manner" else MATTER_SHARE
-        while True:
+        for _ in range(TRIES):
             if kind == "class":
                 return self._class(generator)
             rows = self.corpus.source_rows[generator.choice(len(SOURCES), p=shares)]
@@ -192,6 +199,7 @@ class WordExamples:
                         words, weights = self._hint(kind, prompt, words, weights, generator)
                 framed = [*self.backbone.prefix, *body, *self.backbone.suffix]
                 return WordExample(prompt, framed, words, weights / weights.sum(), self._no_vectors)
+        raise UserError(f"The text has no words of the kind '{kind}' to ask for; read more documents of each source.")
 
     @cached_property
     def _no_vectors(self) -> np.ndarray:

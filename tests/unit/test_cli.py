@@ -245,7 +245,9 @@ def test_a_setting_is_given_once(tmp_path):
         message = refused(*tasks, "--curve", "shots", *given)
         assert "The curve varies adapt.shots, which was given as well; leave one of the two out." in message
     message = refused(*tasks, "--data", tmp_path / "nowhere")
-    assert re.search(r"There is no folder .*nowhere that may be read; name the one with the benchmarks' published files\.", message)
+    assert re.search(
+        r"There is no folder .*nowhere that may be read; name the one with the benchmarks' published files\.", message
+    )
 
 
 def test_a_learned_prompt_has_its_own_length(tmp_path):

@@ -24,8 +24,8 @@ from supmer_ray.tasks.collate import collate
 from supmer_ray.tasks.types import ANSWERS
 
 # Half precision takes many times as long where the processor has none.
-TINY = PretrainConfig(blocks=2, batches=2, batch=2, prompt=3, limit=10, precision="float32")
-"""Of fewer documents none tells how something is ("very ⟨mask⟩"), and a draw would look for such a word for ever."""
+TINY = PretrainConfig(blocks=2, batches=2, batch=2, prompt=3, limit=25, precision="float32")
+"""Of ten documents none tells how something is ("very ⟨mask⟩")."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,6 +122,12 @@ def test_examples_ask_for_whole_words_of_the_text(pretraining):
             assert example.shares.sum() == pytest.approx(1)
             assert 1 <= len(example.words) <= words.ANSWERS
             assert all(vocabulary[word].isalpha() for word in example.words)
+
+
+def test_too_little_text_is_told(pretraining, monkeypatch):
+    monkeypatch.setattr(words.WordExamples, "_tail", lambda *_: None)
+    with pytest.raises(UserError, match=r"^The text has no words of the kind 'manner' to ask for; read more documents"):
+        pretraining.words["train"].draw("manner", np.random.default_rng(0))
 
 
 def test_a_prompt_tells_of_the_classes_that_are_asked_for(pretraining):
