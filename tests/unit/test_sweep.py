@@ -95,14 +95,15 @@ def test_a_few_shot_task_that_the_backbone_cannot_use_is_refused_before_the_firs
         "patterns": ["{text} {mask}"],
         "verbalizers": {"0": "awesome", "1": "awesomely"},  # the second begins as the first
     }
-    (tmp_path / "rows.csv").write_text("text,label\na,0\nb,1\nc,0\nd,1\n")
+    for name in ("rows.csv", "test.csv"):
+        (tmp_path / name).write_text("text,label\na,0\nb,1\nc,0\nd,1\n")
     task = tmp_path / "own.yaml"
     task.write_text(yaml.safe_dump(values))
     config = sweep(objective={"task": str(task), "adapt": {"shots": 1}})
     with pytest.raises(UserError, match="begin with the same token"):
         make_objective(config, "embedded")
     task.write_text(yaml.safe_dump({**values, "verbalizers": {"0": "bad", "1": "good"}}))
-    assert {place.name for place in make_objective(config, "embedded").files()} == {"own.yaml", "rows.csv"}
+    assert {place.name for place in make_objective(config, "embedded").files()} == {"own.yaml", "rows.csv", "test.csv"}
     searched = {"prompt.length": {"int": [10, 510]}}
     with pytest.raises(UserError, match="leaves no room"):
         make_objective(config.model_copy(update={"space": sweep(space=searched).space}), "embedded")
