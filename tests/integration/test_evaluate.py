@@ -153,7 +153,7 @@ def test_a_curve_over_domains_makes_a_store_and_a_run_for_each_value(ray_cluster
     stores = {value: Store.open(out / "stores" / f"store--domains-{value}") for value in curve.values}
     assert {value: store.manifest.settings.domains for value, store in stores.items()} == {4: 4, 12: 12}
     runs = {value: out / "runs" / f"supmer--domains-{value}" for value in curve.values}
-    trained_on = {value: json.loads((run / "run.json").read_text())["store"]["digest"] for value, run in runs.items()}
+    trained_on = {value: json.loads((run / "run.json").read_text())["store_digest"] for value, run in runs.items()}
     assert trained_on == {value: store.manifest.digest for value, store in stores.items()}
     assert rows.groupby(["point", "method"], sort=False).size().tolist() == [6, 6, 6, 6]
     tested = rows.pivot(index=["method", "train", "test", "seed"], columns="point", values="test_accuracy")

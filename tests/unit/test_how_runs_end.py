@@ -67,8 +67,11 @@ def test_a_run_that_nobody_can_look_at_is_stopped_first(run):
     assert ended and run.place.read(STOP_FILE) == "stop"
 
 
-def test_a_run_without_room_ends_at_once_when_told(run, monkeypatch):
+@pytest.mark.parametrize("begun", [False, True], ids=["before it begins", "after it has lost its workers"])
+def test_a_run_without_room_ends_at_once_when_told(run, monkeypatch, begun):
     monkeypatch.setattr(train, "waits", lambda: True)
+    if begun:
+        run.place.write(METRICS_FILE, json.dumps({"kind": "step", "step": 3}) + "\n")
     over = threading.Event()
     try:
         with pytest.raises(Stopped):
