@@ -208,24 +208,21 @@ def test_a_scheme_alone_is_no_address(address):
         Place.of(address)
 
 
-def test_a_uri_is_no_path(tmp_path):
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("s3://KEY:SECRET@bucket/x", r"^A s3://… address was given where a path is needed"),
+        ("~/x", r"^~/x holds a ~, .*; write the path without it\.$"),
+    ],
+)
+def test_an_address_and_a_home_that_the_shell_left_are_no_paths(given, sentence):
     for refuse in (
         lambda place: require_new_folder(place, overwrite=False),
         lambda place: read_sealed(place, "a checkpoint"),
         read_manifest,
     ):
-        with pytest.raises(UserError, match=r"^A s3://… address was given where a path is needed"):
-            refuse(Path("s3://KEY:SECRET@bucket/x"))
-
-
-def test_a_home_that_the_shell_left_is_no_path():
-    for refuse in (
-        lambda place: require_new_folder(place, overwrite=False),
-        lambda place: read_sealed(place, "a checkpoint"),
-        read_manifest,
-    ):
-        with pytest.raises(UserError, match=r"^~/x holds a ~, .*; write the path without it\.$"):
-            refuse(Path("~/x"))
+        with pytest.raises(UserError, match=sentence):
+            refuse(Path(given))
 
 
 def test_the_folder_above_one_below_the_root_is_the_root():
