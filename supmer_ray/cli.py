@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from supmer_ray import embedded
+from supmer_ray import __version__, embedded
 from supmer_ray.config import (
     AdaptConfig,
     PrepareConfig,
@@ -60,12 +60,28 @@ OutPlace = Annotated[str, typer.Option("--out", help="Folder to write, or the UR
 InStore = Annotated[str, typer.Option("--store", help="What 'supmer prepare' wrote: a folder or its URI.")]
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"supmer-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """What stands before a verb; the app's own help describes it."""
+
+
 @app.command()
 def prepare(
     source: Annotated[
         list[str],
         typer.Option(
-            help="Text: files, folders, s3://…, hub:NAME, a catalog name (txt, JSONL, Parquet, CSV); repeatable."
+            help="Text: files, folders, s3://…, hub:NAME@CONFIG, a catalog name (txt, JSONL, Parquet, CSV); "
+            "PATH::COLUMN names another column than 'text'; repeatable."
         ),
     ],
     out: OutPlace,

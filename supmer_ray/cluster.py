@@ -126,6 +126,18 @@ def connect() -> Resources:
     return Resources(cpus, gpus, _grows())
 
 
+def settle_data_actors(resources: Resources) -> None:
+    """Have Ray Data make here, on the driver's node, the few actors that it keeps for the whole cluster.
+
+    They stay on the node of whoever executes first, also after the job: on a worker's, an autoscaler could never take
+    that node away again, and its loss would fill the logs of all who execute elsewhere.
+    """
+    import ray.data
+
+    if len(resources.node_cpus) > 1 or resources.grows:
+        ray.data.from_items([0]).map_batches(lambda batch: batch, num_cpus=0).materialize()
+
+
 def _grows() -> bool:
     """Whether an autoscaler adds nodes to this cluster where a reservation waits for them.
 

@@ -115,7 +115,7 @@ class CurriculumConfig(Section):
 class MetaConfig(Section):
     """The bi-level optimization."""
 
-    steps: int = Field(2000, ge=1, description="meta-steps")
+    steps: int = Field(2000, ge=1, description="meta-steps, over which the outer rates decay")
     inner_steps: int = Field(
         1,
         ge=0,
@@ -141,7 +141,8 @@ class MetaConfig(Section):
         rates = self.inner_rate if isinstance(self.inner_rate, tuple) else (self.inner_rate,)
         if any(rate is not None and rate <= 0 for rate in rates):
             raise ValueError(f"inner_rate {self.inner_rate} must be positive")
-        if isinstance(self.inner_rate, tuple) and len(self.inner_rate) != self.inner_steps:
+        # Without inner steps no rate is used, and PPT stays a setting of a file that lists some.
+        if isinstance(self.inner_rate, tuple) and self.inner_steps and len(self.inner_rate) != self.inner_steps:
             raise ValueError(
                 f"inner_rate lists {len(self.inner_rate)} rates but inner_steps is {self.inner_steps}; make them equal"
             )
@@ -373,6 +374,11 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _space_is_of_settings(self) -> SweepConfig:
+        if "meta.loss" in self.space and self.objective.task is None:
+            raise ValueError(
+                "space tries meta.loss, and validation losses of two kinds cannot be compared; "
+                "judge by a few-shot task: objective: {task: …}"
+            )
         for key, dimension in self.space.items():
             self._check_key(key, dimension)
             for value in dimension.samples:

@@ -155,7 +155,10 @@ def _run_cells(
     precision = _settled_precision(out, "bfloat16" if share else "float32")
     # Few cells on many cores: each gets several threads, but with a GPU one, as its node may have few.
     threads = 1 if share else max(1, min(int(resources.cpus // len(waiting)), int(max(resources.node_cpus))))
-    remote = ray.remote(_run_cell).options(num_cpus=threads, num_gpus=share)
+    # A process keeps the GPU that it began with, whichever Ray counts for it later: where a node has several, each
+    # process computes one cell.
+    calls = 1 if share and max(resources.node_gpus) > 1 else 0
+    remote = ray.remote(max_calls=calls)(_run_cell).options(num_cpus=threads, num_gpus=share)
     tasks = {name: ray.put(task) for name, task in rows.items()}
 
     def start(cell: Cell) -> Future[_Rows]:

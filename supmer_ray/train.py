@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, sharing, waits
+from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, settle_data_actors, sharing, waits
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, is_disk_full
@@ -100,6 +100,7 @@ def train(
         threading.Thread(target=import_module, args=("torch",), daemon=True).start()
         resources = connect()
         require_room(resources, config.workers)
+        settle_data_actors(resources)
         if overwrite:
             place.remove()
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)

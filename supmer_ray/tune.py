@@ -22,7 +22,7 @@ import yaml
 from ray import tune as ray_tune
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-from supmer_ray.cluster import DRIVER_CPUS, Resources, connect, require_room, reserved_cpus
+from supmer_ray.cluster import DRIVER_CPUS, Resources, connect, require_room, reserved_cpus, settle_data_actors
 from supmer_ray.config import RunConfig, SweepConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, first_line, require_new_folder
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 SWEEP_FILE = "sweep.json"
 SEARCH = "search"
+
+TPE_AT_ONCE = 8
+"""Trials of tpe at a time on a cluster that grows, where not more fit: what it draws before one has ended is random."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def tune(
         gpu = resources.has_gpus_for(config.base.workers)
         # Ray Tune keeps to what it was started with.
         at_a_time = started.get("at_a_time", concurrency(config, resources))
+        settle_data_actors(resources)
         if overwrite:
             Place(str(out)).remove()
         out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +131,9 @@ def concurrency(config: SweepConfig, resources: Resources) -> int:
                 f"and a trial's driver needs {DRIVER_CPUS:g} more; lower base.workers.cpus or base.workers.builders."
             )
     if resources.grows:
-        return config.concurrency or max(1, min(fitting, config.samples))
+        # Trials that find no room yet are what tells the cluster to grow; tpe learns from those that have ended.
+        most = max(fitting + 1, TPE_AT_ONCE) if config.search == "tpe" else config.samples
+        return config.concurrency or min(most, config.samples)
     if config.concurrency and config.concurrency > fitting:
         raise UserError(
             f"concurrency is {config.concurrency} but {fitting} of these trials fit the cluster at a time; "

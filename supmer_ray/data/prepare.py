@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from os.path import isdir
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from supmer_ray.cluster import Resources, connect
 from supmer_ray.config import PrepareConfig
@@ -72,6 +73,9 @@ PORTION = 256
 AT_ONCE = 64
 """Portions that are asked after together: asking after each in turn would hand over all of them each time."""
 
+LOOK_SECONDS = 5.0
+"""How often a caller is told that the work still stands: a cluster that others fill may keep it waiting for hours."""
+
 MOST_LOSSES = 3
 """How often embedding actors may be lost over the same work; over their start, so often for each of them."""
 
@@ -109,7 +113,9 @@ def prepare(
         require_outside(place, {"source": filter(None, map(place_of, config.sources)), "backbone": backbone_there})
     sources = [open_source(name) for name in config.sources]
     _embedding_workers(config.embedders, connect())
-    backbone, words = _get(_describe.remote(config.backbone))
+    described = _describe.remote(config.backbone)
+    stage = "Reading the vocabulary, as soon as the cluster has a free CPU"
+    backbone, words = _get(_first([described], partial(tell, stage, 0, None, "documents")))
 
     with held(place, "a preparation"), place.workshop(last=MANIFEST) as (folder, shared):
         with _quiet_data():
@@ -165,6 +171,13 @@ def _describe(name: str) -> tuple[BackboneRecord, WordTokens]:
         d_model=backbone.d_model,
     )
     return record, backbone.word_tokens()
+
+
+def _first(references: list[Any], tell: Callable[[], None]) -> Any:
+    """The first of them that is done; meanwhile it is told now and then that the work still stands."""
+    while not (ready := ray.wait(references, num_returns=1, timeout=LOOK_SECONDS)[0]):
+        tell()
+    return ready[0]
 
 
 def _get(reference: Any) -> Any:
@@ -322,11 +335,11 @@ def _embed(config: PrepareConfig, sentences: Sentences, shared: Place, tell: Pro
         for _ in range(min(count, len(waiting))):
             start()
         while done < len(sentences):
-            (call,), _ = ray.wait(list(busy), num_returns=1)
+            call = _first(list(busy), partial(tell, "Embedding sentences", done, len(sentences), "sentences"))
             actor, stretch = busy.pop(call)
             try:
                 rows = _get(call)
-            except RayActorError:
+            except (RayActorError, OutOfMemoryError):  # what Ray's memory monitor kills is no RayActorError
                 losses[stretch] += 1
                 if losses[stretch] > (MOST_LOSSES if stretch is not None else MOST_LOSSES * count):
                     raise
@@ -429,7 +442,7 @@ def _find_domains(
             ready, counting = ray.wait(counting, num_returns=min(AT_ONCE, len(counting)), timeout=1)
             for count in ready:
                 done += _get(count)
-                tell("Finding domains", done, total, "items")
+            tell("Finding domains", done, total, "items")
         families = {name: empty_family(d_model) for name in FAMILIES}
         return families | {name: _get(family) for name, family in sorting.items()}
     except BaseException:

@@ -72,7 +72,9 @@ def tokenizer_of(backbone: str) -> Tokenize:
     tokenizer = AutoTokenizer.from_pretrained(resolve(backbone), trust_remote_code=False)
     # A text that spells one out ("[MASK]") must not ask for an answer there.
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    special |= {number for piece, number in tokenizer.get_vocab().items() if piece.startswith("<extra_id_")}
+    # mT5 writes its sentinels with the mark of a space before them.
+    pieces = tokenizer.get_vocab().items()
+    special |= {number for piece, number in pieces if piece.removeprefix("▁").startswith("<extra_id_")}
 
     def tokenize(texts: Sequence[str]) -> list[list[int]]:
         rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []

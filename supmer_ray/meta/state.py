@@ -184,7 +184,8 @@ class MetaState:
 
 def _log_rates(config: RunConfig, device: torch.device) -> nn.Parameter:
     meta = config.meta
-    rates = meta.inner_rate if meta.inner_rate is not None else meta.prompt_rate
+    own = meta.inner_rate if meta.inner_steps else None
+    rates = meta.prompt_rate if own is None else own
     return nn.Parameter(torch.tensor(rates, device=device).expand(meta.inner_steps).clone().log())
 
 

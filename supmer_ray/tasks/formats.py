@@ -90,7 +90,8 @@ class Formats:
         """The formats in the vocabulary of `backbone`, with the lengths that `config` allows.
 
         Raises:
-            UserError: two answers begin with the same token, so that the model could not tell them apart.
+            UserError: two answers begin with the same token, so that the model could not tell them apart; or
+                `config.max_length` leaves a multiple choice of the mixture no text.
         """
         answers = (*PAIR_ANSWERS, *LETTERS)
         # Behind the sentinel, and in the marks of the options, an answer is a word of its own.
@@ -114,7 +115,7 @@ class Formats:
             return (*pieces[0], backbone.sentinel, *pieces[1]) if mask else pieces[0]
 
         tails = [tail.split("{text}") for tail in TAILS]
-        return Formats(
+        made = Formats(
             prefix=tuple(backbone.prefix),
             suffix=tuple(backbone.suffix),
             sentinel=backbone.sentinel,
@@ -127,6 +128,19 @@ class Formats:
             anchor_length=config.anchor_length,
             candidate_length=config.candidate_length,
         )
+        needed = made.frame + len(LETTERS) + 1
+        if config.max_length < needed and not {"nss", "scss", "scc"}.isdisjoint(config.types):
+            raise UserError(
+                f"tasks.max_length is {config.max_length}, and a multiple choice takes {needed} tokens of "
+                f"'{backbone.name}' to have any text; raise it."
+            )
+        return made
+
+    @property
+    def frame(self) -> int:
+        """Tokens of a multiple choice besides its anchor and its candidates."""
+        fixed = (*self.option_marks, self.question, self.prefix, self.suffix)
+        return sum(map(len, fixed)) + 1
 
     def target(self, word: int) -> list[int]:
         """The decoder's target for the id of an answer word: (sentinel, answer, closing)."""
@@ -145,16 +159,13 @@ class Formats:
         all are shortened in proportion.
         """
         parts = [anchor[: self.anchor_length], *(candidate[: self.candidate_length] for candidate in candidates)]
-        frame = sum(len(mark) for mark in self.option_marks[: len(candidates)]) + len(self.question) + 1
-        room = self.max_length - frame - len(self.prefix) - len(self.suffix)
-        first, *options = shorten(parts, room)
+        first, *options = shorten(parts, self.max_length - self.frame)
         return self._choice(first, options)
 
     def single_sentence(self, sentence: Ids) -> list[int]:
         """`SENTENCE ? A. ⟨centroid⟩ . B. ⟨centroid⟩ . …`: option k is vector k, written −1−k."""
         options = [[-1 - k] for k in range(len(LETTERS))]
-        frame = sum(map(len, self.option_marks)) + len(options) + len(self.question) + 1
-        (cut,) = shorten([sentence], self.max_length - frame - len(self.prefix) - len(self.suffix))
+        (cut,) = shorten([sentence], self.max_length - self.frame - len(options))
         return self._choice(cut, options)
 
     def sentence_tail(self, sentence: Ids, tail: int) -> list[int]:
@@ -165,5 +176,5 @@ class Formats:
         return [*self.prefix, *before, *cut, *after, *self.suffix]
 
     def _choice(self, anchor: list[int], options: list[list[int]]) -> list[int]:
-        listed = [token for mark, option in zip(self.option_marks, options, strict=False) for token in (*mark, *option)]
+        listed = [token for mark, option in zip(self.option_marks, options, strict=True) for token in (*mark, *option)]
         return [*self.prefix, *anchor, *listed, *self.question, self.sentinel, *self.suffix]

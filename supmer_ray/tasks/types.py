@@ -18,7 +18,7 @@ task asks it for words of its own ("great", "sport"); so does sck, with a few-sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -51,6 +51,9 @@ DOMAINS_PER_TASK = {"nsp": 1, "nss": 1, "scsp": 1, "scss": 1, "scc": len(LETTERS
 
 MINIMUM_ITEMS = 2
 """Items that a domain needs in a split to be drawn: an anchor and another of its kind."""
+
+TRIES = 8
+"""How often a distractor is drawn anew that stands there already; a small store may have no other."""
 
 
 def domain_similarity(own: np.ndarray, partner: np.ndarray) -> float:
@@ -202,6 +205,19 @@ class TaskDraw:
         drawn = int(self.generator.integers(len(self.store) - len(own)))
         return drawn if drawn < own.start else drawn + len(own)
 
+    @staticmethod
+    def _different(count: int, draw: Callable[[], int]) -> list[int]:
+        """`count` drawn rows, none twice where there are enough of them."""
+        found: list[int] = []
+        for _ in range(count):
+            drawn = draw()
+            for _ in range(TRIES):
+                if drawn not in found:
+                    break
+                drawn = draw()
+            found.append(drawn)
+        return found
+
     def _same_document(self, row: int, first: int, last: int) -> int | None:
         """A sentence of `row`'s document outside `first` … `last`, which hold `row`, if there is one."""
         own = self.store.document_rows(row)
@@ -229,7 +245,9 @@ class TaskDraw:
         row = next(items[0])
         near = self._same_document(row, row, row + 2)
         assert near is not None, "the store keeps contexts of documents with four or more sentences only"
-        distractors = [int(d) for d in self.generator.permutation([near, self._foreign(row), self._foreign(row)])]
+        distractors = [
+            int(d) for d in self.generator.permutation([near, *self._different(2, partial(self._foreign, row))])
+        ]
         candidates = [*distractors[:answer], row + 2, *distractors[answer:]]
         anchor = np.concatenate([self.store.tokens(row), self.store.tokens(row + 1)])
         return self.formats.multiple_choice(anchor, [self.store.tokens(c) for c in candidates])
@@ -241,7 +259,7 @@ class TaskDraw:
 
     def _scss(self, items: Sequence[Iterator[int]], answer: int, others: np.ndarray) -> list[int]:
         anchor, right = next(items[0]), next(items[0])
-        distractors = [self._other(others) for _ in range(len(LETTERS) - 1)]
+        distractors = self._different(len(LETTERS) - 1, partial(self._other, others))
         candidates = [*distractors[:answer], right, *distractors[answer:]]
         return self.formats.multiple_choice(self.store.tokens(anchor), [self.store.tokens(c) for c in candidates])
 

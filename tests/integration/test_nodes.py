@@ -65,12 +65,18 @@ def test_a_cluster_grows_for_a_preparation_and_a_run(undisturbed, tiny_t5, tiny_
     out, settings = tmp_path / "run", [part for pair in SETTINGS for part in ("--set", pair)]
     with Cluster(tmp_path / "cluster", cpus=0, growth=1) as cluster:
         assert cluster.alive() == 1
-        options = ["--source", "bbc", "--backbone", tiny_t5, "--domains", 4, "--max-documents", 20]
-        command = ["python", "jobs/prepare.py", *options, "--set", "embedders=2", "--out", tmp_path / "store"]
-        cluster.wait_for_end(cluster.submit(*command, installed=True))
         command = ["python", "jobs/train.py", "--store", tiny_store, "--out", out, *settings]
         cluster.wait_for_end(cluster.submit(*command, installed=True))
         assert cluster.alive() == 2
+        # What Ray Data keeps for the whole cluster would hold the node that was added, were it there.
+        found = cluster.api("/api/v0/actors?limit=1000&detail=1")["data"]["result"]["result"]
+        kept = {actor["class_name"]: actor["node_id"] for actor in found if actor["state"] == "ALIVE"}
+        head = cluster.environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"]
+        assert {"_AutoscalingCoordinatorActor", "_StatsActor"} <= kept.keys(), kept
+        assert set(kept.values()) == {head}, kept
+        options = ["--source", "bbc", "--backbone", tiny_t5, "--domains", 4, "--max-documents", 20]
+        command = ["python", "jobs/prepare.py", *options, "--set", "embedders=2", "--out", tmp_path / "store"]
+        cluster.wait_for_end(cluster.submit(*command, installed=True))
     assert steps(out / "metrics.jsonl") == list(range(1, 13))
     assert_same_weights(out / "checkpoint", undisturbed.checkpoint)
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from supmer_ray.data.embed import _means, mean_pooled
+from supmer_ray.data.sentences import tokenizer_of
 from supmer_ray.errors import UserError
 from supmer_ray.model.backbone import Backbone, _spread, load_backbone, outline
 from supmer_ray.model.library import LibraryForward
@@ -85,6 +86,8 @@ def test_a_vocabulary_that_is_a_sentencepiece_model_alone(tmp_path, family, piec
         assert (backbone.pad, backbone.prefix, backbone.suffix) == (0, [], [1])
         [ids] = backbone.tokenize(["The lazy dog jumps."])
         assert backbone.tokenizer.decode(ids) == "The lazy dog jumps."
+    # A text that spells one out does not ask for an answer there.
+    assert backbone.sentinel not in tokenizer_of(str(tmp_path))(["The lazy <extra_id_0> dog jumps."])[0]
 
 
 def test_byt5_answers_at_the_bytes_that_it_was_trained_with(tmp_path):

@@ -76,6 +76,11 @@ def test_one_sentence_for_each_mistake(assignment, sentence):
         (EvaluateConfig, {"steps": 3}, "Unknown key 'steps' in here; did you mean 'adapt.steps' or 'run.meta.steps'?"),
         (EvaluateConfig, {"meta": {"steps": 3}}, "Unknown key 'meta' in here; did you mean 'run.meta'?"),
         (RunConfig, {"prompt_rate": 0.1}, "Unknown key 'prompt_rate' in here; did you mean 'meta.prompt_rate'?"),
+        (
+            SweepConfig,
+            {"space": {"meta.loss": {"choice": ["vocabulary", "answers"]}}, "samples": 2},
+            "space tries meta.loss, and validation losses of two kinds cannot be compared; judge by a few-shot task",
+        ),
         (RunConfig, {"seed": {"promt": 1}}, "value for 'seed' in here: it should be a valid integer"),
     ],
 )
@@ -89,6 +94,8 @@ def test_rates_must_fit_the_inner_steps():
     with pytest.raises(UserError, match="lists 3 rates but inner_steps is 2"):
         load_run_config(None, ["meta.inner_steps=2", "meta.inner_rate=[0.1, 0.2, 0.3]"])
     assert load_run_config(None, ["meta.inner_steps=2", "meta.inner_rate=[0.1, 0.2]"]).meta.inner_rate == (0.1, 0.2)
+    # As PPT is made of a configuration that lists them.
+    assert load_run_config(None, ["meta.inner_steps=0", "meta.inner_rate=[0.1, 0.2]"]).meta.inner_rate == (0.1, 0.2)
 
 
 def test_a_file_and_overrides(tmp_path):

@@ -81,6 +81,11 @@ def test_rates_decay_to_zero(backbone):
     assert torch.equal(before, state.prompt)
 
 
+def test_a_prompt_without_inner_steps_has_no_inner_rates(backbone):
+    config = load_run_config(None, [*SETTINGS, "meta.inner_steps=0", "meta.inner_rate=[0.1, 0.2]"])
+    assert MetaState.fresh(config, backbone).inner_rates().tolist() == []
+
+
 def test_an_update_is_adam_on_each_group_clipped_for_itself_at_rates_that_decay(backbone):
     """Written out: once the prompt's gradient alone is long, once φ's."""
     settings = [*SETTINGS, "meta.clip=0.5", "meta.prompt_rate=0.3", "meta.regularizer_rate=0.01"]

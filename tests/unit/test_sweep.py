@@ -17,7 +17,7 @@ from supmer_ray.reading import build
 from supmer_ray.sweep.picture import draw_sweep, importance, places
 from supmer_ray.sweep.space import Within, run_config, settings_of, space
 from supmer_ray.sweep.trial import Objective, TrialHost, make_objective
-from supmer_ray.tune import Population, _searcher, concurrency, trials_table
+from supmer_ray.tune import TPE_AT_ONCE, Population, _searcher, concurrency, trials_table
 
 CONFIGS = Path(__file__).parents[2] / "tune_configs"
 SMALL = {"space": {"meta.prompt_rate": {"uniform": [0.1, 0.2]}}, "samples": 2, "search": "random"}
@@ -189,7 +189,12 @@ def test_as_many_trials_as_fit():
         concurrency(sweep(), Resources((1, 1)))
     # An autoscaler brings the nodes of as many as the sweep asks for.
     assert concurrency(sweep(concurrency=4), Resources((0,), grows=True)) == 4
-    assert concurrency(sweep(), Resources((0,), grows=True)) == 1
+    # And as many as may learn from each other, where it names no number; trials that wait are what makes it grow.
+    assert concurrency(sweep(), Resources((0,), grows=True)) == sweep().samples
+    assert concurrency(sweep(samples=40), Resources((0,), grows=True)) == 40
+    learning = sweep(samples=40, search="tpe")
+    assert concurrency(learning, Resources((0,), grows=True)) == TPE_AT_ONCE
+    assert concurrency(learning, Resources((32,), grows=True)) > TPE_AT_ONCE
 
 
 def test_a_population_exchanges_nothing_at_the_last_step(monkeypatch):

@@ -170,6 +170,7 @@ def test_same_cluster_sentence_selection(small_store, index):
             assert anchor not in candidates, "no sentence is its own partner"
             matches = [domain_of(row) == domain_of(anchor) for row in candidates]
             assert matches == [letter == answer for letter in LETTERS]
+            assert len(set(candidates)) == len(LETTERS), "no candidate stands twice"
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -345,6 +346,17 @@ def test_answers_are_the_tokens_of_words_behind_a_space(tmp_path, make, space):
         assert formats.words[letter] in mark
     before, after = backbone.tokenize([f"{space}topic :", f"{space}."])
     assert formats.tails[0] == ((), (*before, backbone.sentinel, *after))
+
+
+def test_a_choice_that_leaves_no_room_for_text_is_refused(tmp_path):
+    backbone = load_backbone(str(make_tiny_t5(tmp_path, SPELLED * 5)))
+    needed = Formats.of(backbone, TasksConfig()).frame + len(LETTERS) + 1
+    enough, short = (TasksConfig().model_copy(update={"max_length": length}) for length in (needed, needed - 1))
+    assert len(Formats.of(backbone, enough).multiple_choice([7] * 40, [[8]] * 4)) == needed
+    with pytest.raises(UserError, match=rf"^tasks\.max_length is {needed - 1}, and a multiple choice takes {needed} "):
+        Formats.of(backbone, short)
+    pairs = short.model_copy(update={"mixture": {"nsp": 1.0}})
+    assert len(Formats.of(backbone, pairs).sentence_pair([7] * 40, [8] * 40)) == needed - 1
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 40))
