@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from os.path import isfile
 from pathlib import Path
@@ -234,8 +234,9 @@ def adapt(
 
     model = load_backbone(name, device=best_device())
     learned = load_checkpoint(checkpoint, model) if checkpoint else None
-    with stage(f"Adapting to {definition.name}", "steps") as line:
-        result = adapt_task(
+    shown = {"adapt": (f"Adapting to {definition.name}", "steps"), "test": ("Scoring the test split", "inputs")}
+    with stage(*shown["adapt"]) as line:
+        record = adapt_task(
             model,
             rows,
             learned,
@@ -245,14 +246,11 @@ def adapt(
             pattern=pattern,
             prompt_length=prompt_length or PLAIN_ROWS,
             overwrite=overwrite,
-            progress=_stages(
-                {"adapt": (f"Adapting to {definition.name}", "steps"), "test": ("Scoring the test split", "inputs")},
-                line.update,
-            ),
+            progress=lambda what, done, total: line.update(done, total, title=shown[what][0], unit=shown[what][1]),
         )
     print(
-        f"{out}: {definition.name}, dev accuracy {result.best.accuracy:.3f} (step {result.best.step}), "
-        f"test accuracy {result.test_accuracy:.3f}"
+        f"{out}: {definition.name}, dev accuracy {record.dev_accuracy:.3f} (step {record.best_step}), "
+        f"test accuracy {record.test_accuracy:.3f}"
     )
 
 
@@ -462,11 +460,6 @@ def _require_lasting(arguments: Sequence[str]) -> None:
 def _names(listed: str) -> list[str]:
     """The parts of "a,b,c"."""
     return [name.strip() for name in listed.split(",") if name.strip()]
-
-
-def _stages(stages: dict[str, tuple[str, str]], update: Callable[..., Any]) -> Callable[[str, int, int], None]:
-    """A progress callback that shows each named stage under its title, in its unit."""
-    return lambda name, done, total: update(done, total, title=stages[name][0], unit=stages[name][1])
 
 
 def main(arguments: list[str] | None = None) -> None:

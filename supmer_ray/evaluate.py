@@ -127,11 +127,10 @@ def _require_encoders(plan: Plan, rows: Mapping[str, TaskRows]) -> None:
         length = run.prompt.length if cell.method.learns == "prompt" else 0
         limit = input_limit(backbone, length, cell.adapt_config().max_length)
         for name in {cell.entry.train, *cell.entry.targets}:
-            definition = rows[name].definition
-            pattern = min(cell.point.config.pattern, len(definition.patterns) - 1)
-            if (name, limit, pattern) not in seen:
-                TaskEncoder(backbone, definition, max_length=limit, pattern=pattern)
-                seen.add((name, limit, pattern))
+            asked = name, limit, cell.point.config.pattern
+            if asked not in seen:
+                TaskEncoder(backbone, rows[name].definition, max_length=limit, pattern=cell.point.config.pattern)
+                seen.add(asked)
 
 
 def _run_cells(
@@ -288,18 +287,13 @@ def _conclude(plan: Plan, checkpoints: Mapping[tuple[str, str], Place], out: Pat
     rows = pd.concat([pd.read_parquet(_cell_file(out, cell)) for cell in plan.cells()], ignore_index=True)
     baseline = plan.config.baseline
     write_table(rows, out / RESULTS)
-    write_table(summarize(rows, baseline), out / SUMMARY)
-    drops = gaps(rows, baseline)
+    table, drops = summarize(rows, baseline), gaps(rows, baseline)
+    write_table(table, out / SUMMARY)
     if not drops.empty:
         write_table(drops, out / GAPS)
+    title = f"{plan.suite.name}: {len(plan.methods)} method{'s' if len(plan.methods) > 1 else ''}"
     with whole_file(out / TABLE) as file:
-        text = markdown(
-            rows,
-            baseline,
-            f"{plan.suite.name}: {len(plan.methods)} method{'s' if len(plan.methods) > 1 else ''}",
-            _note(plan, checkpoints),
-        )
-        file.write_text(text, encoding="utf-8")
+        file.write_text(markdown(table, drops, baseline, title, _note(plan, checkpoints)), encoding="utf-8")
     return rows
 
 

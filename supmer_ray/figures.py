@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from supmer_ray.fewshot.comparison import AVERAGE, gaps, pair_name, summarize
+from supmer_ray.fewshot.comparison import AVERAGE, pair_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,9 @@ SERIES = ("#2f6fde", "#d9581f", "#1f9a6d", "#a34bc4", "#b8860b", "#d1366f", "#4f
 
 WIDTH = 5.0
 """Inches: at a phone's width the text of a figure this wide is as large as a page's small print."""
+
+DOTS = 400
+"""Single steps that a figure shows as dots: thousands would make a page of megabytes."""
 
 TWO_LINES = "\n→ "
 """How a pair of tasks is written beside an axis, which has little room."""
@@ -77,36 +80,40 @@ def losses(steps: pd.DataFrame, validations: pd.DataFrame) -> Figure:
         steps: rows of a run's metrics: step, task_type, query_loss.
         validations: step, task_type, loss.
     """
-    figure, axes = _figure(3.2)
-    for number, name in enumerate(sorted({*steps["task_type"], *validations["task_type"]})):
+    names = sorted({*steps["task_type"], *validations["task_type"]})
+    figure, axes = _figure(3.1 + 0.17 * _rows(names))
+    for number, name in enumerate(names):
         own, told = steps[steps["task_type"] == name], validations[validations["task_type"] == name]
         colour = SERIES[number % len(SERIES)]
-        axes.plot(own["step"], smoothed(own["query_loss"]), color=colour, linewidth=1.4, label=name)
-        axes.plot(told["step"], told["loss"], "o", color=colour, markersize=4)
+        axes.plot(own["step"], smoothed(own["query_loss"]), color=colour, linewidth=1.4)
+        axes.plot(told["step"], told["loss"], _marker(number), color=colour, markersize=4)
+        axes.plot([], [], marker=_marker(number), color=colour, markersize=4, linewidth=1.4, label=name)
     _labels(axes, "meta-step", "query loss")
-    axes.legend(ncols=3, fontsize=8.5)
+    _legend(figure, axes)
     return figure
 
 
 def signals(steps: pd.DataFrame) -> Figure:
     """s, the mean λ and the mean gate z of each step."""
-    figure, axes = _figure(3.0)
+    figure, axes = _figure(3.2)
+    dots = steps.iloc[:: -(-len(steps) // DOTS)]
     for number, (column, label) in enumerate(
         [("running_similarity", "s, running similarity"), ("mixing", "λ, own share"), ("gate", "z, gate")]
     ):
         values = steps[column] if column == "running_similarity" else smoothed(steps[column])
         axes.plot(steps["step"], values, color=SERIES[number], linewidth=1.4, label=label)
         if column != "running_similarity":
-            axes.plot(steps["step"], steps[column], ".", color=SERIES[number], markersize=2, alpha=0.35)
+            axes.plot(dots["step"], dots[column], ".", color=SERIES[number], markersize=2, alpha=0.35)
     axes.set_ylim(-0.03, 1.03)
-    _labels(axes, "meta-step", "0 to 1")
-    axes.legend(fontsize=8.5)
+    _labels(axes, "meta-step", "s, λ and z, from 0 to 1")
+    _legend(figure, axes)
     return figure
 
 
 def alignment(steps: pd.DataFrame) -> Figure:
     """How ψ's update agrees with the query gradient (s_τ) and with the raw support gradient."""
-    figure, axes = _figure(3.0)
+    figure, axes = _figure(3.2)
+    every = -(-len(steps) // DOTS)
     # s_τ = ½(1 + cos), from 0 to 1; a cosine is what both lines should be read as.
     for number, (values, label) in enumerate(
         [
@@ -114,11 +121,11 @@ def alignment(steps: pd.DataFrame) -> Figure:
             (steps["update_cosine"], "cos(support gradient, ψ)"),
         ]
     ):
-        axes.plot(steps["step"], values, ".", color=SERIES[number], markersize=2, alpha=0.35)
+        axes.plot(steps["step"][::every], values[::every], ".", color=SERIES[number], markersize=2, alpha=0.35)
         axes.plot(steps["step"], smoothed(values), color=SERIES[number], linewidth=1.4, label=label)
     axes.axhline(0, color=INK, linewidth=0.8)
     _labels(axes, "meta-step", "cosine")
-    axes.legend(fontsize=8.5)
+    _legend(figure, axes)
     return figure
 
 
@@ -155,9 +162,8 @@ def spread_domains(store: Store, count: int) -> list[int]:
     return chosen
 
 
-def differences(rows: pd.DataFrame, baseline: str) -> Figure:
+def differences(table: pd.DataFrame, baseline: str) -> Figure:
     """Each method's mean difference to the baseline with its interval, on the average or the only task."""
-    table = summarize(rows, baseline)
     last = table[table["point"] == table["point"].iloc[-1]]
     averaged = (last["train"] == AVERAGE).any()
     inside = last[last["train"] == last["test"]]
@@ -167,7 +173,7 @@ def differences(rows: pd.DataFrame, baseline: str) -> Figure:
         one["method"] if averaged else f"{one['method']}, {pair_name(one['train'], one['test'], TWO_LINES)}"
         for _, one in table.iterrows()
     ]
-    figure, axes = _figure(1.1 + 0.3 * len(lines))
+    figure, axes = _figure(1.25 + 0.3 * len(lines))
     middle = table["difference"].to_numpy()
     low = np.where(table["low"].isna(), middle, table["low"])
     high = np.where(table["high"].isna(), middle, table["high"])
@@ -177,7 +183,7 @@ def differences(rows: pd.DataFrame, baseline: str) -> Figure:
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(places, lines)
     axes.set_ylim(-0.6, len(lines) - 0.4)
-    _labels(axes, f"points above {baseline}" + (", average of the tasks" if averaged else ""), "")
+    _labels(axes, f"points above {baseline}" + ("\naverage of the tasks" if averaged else ""), "")
     return figure
 
 
@@ -187,7 +193,7 @@ def accuracies(rows: pd.DataFrame) -> Figure:
     methods = list(dict.fromkeys(last["method"]))
     pairs = list(last[["train", "test"]].drop_duplicates().itertuples(index=False, name=None))
     pitch, block = 0.11, 0.11 * len(methods) + 0.14  # inches of a method's line and of a task's lines
-    figure, axes = _figure(0.9 + 0.17 * np.ceil(len(methods) / 3) + block * len(pairs))
+    figure, axes = _figure(0.9 + 0.17 * _rows(methods) + block * len(pairs))
     starts = -np.arange(len(pairs)) * block
     for number, method in enumerate(methods):
         own = last[last["method"] == method].groupby(["train", "test"])["test_accuracy"]
@@ -203,20 +209,21 @@ def accuracies(rows: pd.DataFrame) -> Figure:
     for start in starts[1:]:
         axes.axhline(start + (pitch + block - pitch * len(methods)) / 2, color=GRID, linewidth=0.8)
     _labels(axes, "test accuracy, per cent", "")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8.5)
+    _legend(figure, axes)
     return figure
 
 
 def curves(rows: pd.DataFrame, key: str, values: Sequence[Any]) -> Figure:
     """Accuracy of each method along the varied setting: the mean over tasks, and its spread over seeds."""
-    figure, axes = _figure(3.2)
+    methods = list(dict.fromkeys(rows["method"]))
+    figure, axes = _figure(3.1 + 0.17 * _rows(methods))
     points = list(dict.fromkeys(rows["point"]))
     inside = rows[rows["train"] == rows["test"]]
     inside = rows if inside.empty else inside
-    for number, method in enumerate(dict.fromkeys(rows["method"])):
+    for number, method in enumerate(methods):
         own = inside[inside["method"] == method].groupby(["point", "seed"])["test_accuracy"].mean().groupby("point")
         mean, spread = 100 * own.mean().reindex(points), 100 * own.std().reindex(points).fillna(0)
-        places = np.arange(len(points)) + 0.03 * number
+        places = np.arange(len(points)) + 0.03 * (number - (len(methods) - 1) / 2)
         colour = SERIES[number % len(SERIES)]
         axes.errorbar(
             places, mean, yerr=spread, color=colour, marker=_marker(number), markersize=4, linewidth=1.4, elinewidth=1,
@@ -224,13 +231,12 @@ def curves(rows: pd.DataFrame, key: str, values: Sequence[Any]) -> Figure:
         )  # fmt: skip
     axes.set_xticks(np.arange(len(points)), [str(value) for value in values])
     _labels(axes, key.split(".", 1)[1], "test accuracy, per cent")
-    axes.legend(fontsize=8.5, ncols=2)
+    _legend(figure, axes)
     return figure
 
 
-def domain_gaps(rows: pd.DataFrame, baseline: str) -> Figure:
+def domain_gaps(table: pd.DataFrame) -> Figure:
     """Accuracy inside (filled) and outside (hollow) the domain that each method was adapted on."""
-    table = gaps(rows, baseline)
     table = table[table["point"] == table["point"].iloc[-1]]
     if (table["train"] == AVERAGE).any():
         table = table[table["train"] == AVERAGE]
@@ -245,7 +251,7 @@ def domain_gaps(rows: pd.DataFrame, baseline: str) -> Figure:
     axes.set_yticks(places, lines)
     axes.set_ylim(-0.6, len(lines) - 0.4)
     _labels(axes, "test accuracy, per cent", "")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8.5)
+    _legend(figure, axes)
     return figure
 
 
@@ -264,8 +270,24 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _marker(number: int) -> str:
-    """Of the line with this number: with its colour no other's, up to 64 lines."""
-    return "os^Dv<>P"[number // len(SERIES) % 8]
+    """Of the line with this number: of 8 neighbours no two alike, and with its colour no other's, up to 64 lines."""
+    return "os^Dv<>P"[(number + number // len(SERIES)) % 8]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """A legend above the axes, where it hides nothing."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=_columns(names), fontsize=8.5)
+
+
+def _columns(names: Sequence[str]) -> int:
+    """Of a legend: as many as have room beside each other, 3 at most."""
+    return max(1, min(3, int(WIDTH / (0.5 + 0.07 * max(map(len, names))))))  # inches of a handle and of a character
+
+
+def _rows(names: Sequence[str]) -> int:
+    """Of a legend."""
+    return -(-len(names) // _columns(names))
 
 
 def _labels(axes: Axes, across: str, up: str) -> None:

@@ -406,13 +406,17 @@ Where = str | Path | Place
 """How callers may name a place."""
 
 
-def seal(folder: Path, description: Mapping[str, Any], name: str = "config.json") -> None:
+SEAL = "config.json"
+"""What describes a sealed folder."""
+
+
+def seal(folder: Path, description: Mapping[str, Any]) -> None:
     """Write `description` into `folder`, with the digest of every other file that lies there."""
     checksums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    write_json(folder / name, {**description, "checksums": checksums})
+    write_json(folder / SEAL, {**description, "checksums": checksums})
 
 
-def read_sealed(where: Where, what: str, name: str = "config.json") -> dict[str, Any]:
+def read_sealed(where: Where, what: str) -> dict[str, Any]:
     """The description of a sealed folder, after every file's digest was found right.
 
     Args:
@@ -423,16 +427,16 @@ def read_sealed(where: Where, what: str, name: str = "config.json") -> dict[str,
     """
     place = Place.of(where)
     with place.answering():
-        content = place.content(name)
+        content = place.content(SEAL)
         if content is None:
-            raise UserError(f"{place} is not {what}: it holds no {name}.")
+            raise UserError(f"{place} is not {what}: it holds no {SEAL}.")
         try:
             description = json.loads(content)
         except ValueError:
-            raise UserError(f"{place / name} is damaged; use another copy of it.") from None
+            raise UserError(f"{place / SEAL} is damaged; use another copy of it.") from None
         checksums = description.get("checksums") if isinstance(description, dict) else None
         if not isinstance(checksums, dict):
-            raise UserError(f"{place} is not {what}: its {name} has no checksums.")
+            raise UserError(f"{place} is not {what}: its {SEAL} has no checksums.")
         for member, digest in checksums.items():
             found = place.digest(member)
             if found is None:

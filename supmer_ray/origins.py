@@ -24,7 +24,7 @@ from supmer_ray.data.store import MANIFEST, Outline
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.fewshot.method import Method
 from supmer_ray.fewshot.plan import RUNS, STORES, Plan, Point, file_name
-from supmer_ray.files import Place
+from supmer_ray.files import SEAL, Place
 from supmer_ray.meta.run import CONFIG_FILE
 from supmer_ray.tasks.types import require_domains
 from supmer_ray.train import CHECKPOINT, FOLLOW_SECONDS, stop_signals, train
@@ -79,7 +79,7 @@ def find_checkpoints(plan: Plan, out: Path, tell: Progress) -> dict[tuple[str, s
                 continue
             folder = out / RUNS / file_name(method.name, point.run_variant)
             places[key] = plan.given.get(method.name) or Place.of(folder / CHECKPOINT)
-            if method.name not in plan.given and not (folder / CHECKPOINT / "config.json").is_file():
+            if method.name not in plan.given and not (folder / CHECKPOINT / SEAL).is_file():
                 wanted.append((point, method, folder))
     if not plan.store:
         # All stores before any run, and first the one that the text is likeliest too small for.

@@ -232,7 +232,7 @@ def override(
     Raises:
         UserError: an assignment without "=", or a key below something that is not a section.
     """
-    result: dict[str, Any] = {key: value for key, value in values.items()}
+    result = dict(values)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         key = key.strip()
@@ -267,11 +267,10 @@ def assign(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     Raises:
         KeyError: a part of the key that is a value, not a section.
     """
-    result = dict(values)
     first, dot, rest = key.partition(".")
     if not dot:
-        return {**result, first: value}
-    below = result.get(first) or {}
+        return {**values, first: value}
+    below = values.get(first) or {}
     if not isinstance(below, Mapping):
         raise KeyError(first)
-    return {**result, first: assign(below, rest, value)}
+    return {**values, first: assign(below, rest, value)}

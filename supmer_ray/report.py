@@ -28,7 +28,7 @@ from supmer_ray.config import RunConfig
 from supmer_ray.console import duration
 from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
-from supmer_ray.fewshot.comparison import gaps, pair_name, probability, summarize
+from supmer_ray.fewshot.comparison import INTERVAL_IS, gaps, pair_name, probability, summarize
 from supmer_ray.fewshot.plan import DESCRIPTION, RESULTS
 from supmer_ray.files import Place, Where, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
@@ -39,6 +39,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, FIGURES = "index.html", "figures"
+
+_ASKS = {
+    "nsp": "are these two sentences neighbours?",
+    "nss": "which candidate follows these two sentences?",
+    "scsp": "do these two sentences share a domain?",
+    "scss": "which candidate shares the first sentence's domain?",
+    "scc": "which of four centroids is this sentence's domain?",
+    "sck": "which word of four domains fits this sentence?",
+}
+"""What a task of each type asks, for those who do not know its name."""
 
 EXAMPLES = 12
 """Domains that the page shows sentences of."""
@@ -71,7 +81,7 @@ class _Section:
 
     def fold(self, settings: Mapping[str, Any]) -> None:
         """Add the settings, folded up."""
-        text = html.escape(json.dumps(settings, indent=1))
+        text = html.escape(json.dumps(settings, indent=1, ensure_ascii=False))
         self.blocks.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
 
 
@@ -163,19 +173,21 @@ def _run(place: Place, prefix: str) -> _Section:
             "losses",
             figures.losses(steps, validations),
             "Query loss by task type: lines are the training tasks (running mean), dots the fixed validation tasks "
-            "after the inner step.",
+            "after the inner step. "
+            + " ".join(f"{name}: {asks}" for name, asks in _ASKS.items() if name in set(steps["task_type"])),
         )
         section.draw(
             "signals",
             figures.signals(steps),
             "The curriculum and the gate: s, the running agreement of query and support gradients; λ, the share that a "
-            "task keeps of its own domain when it is mixed; z, how much of the raw gradient ψ keeps.",
+            "task keeps of its own domain when it is mixed; z, how much of the raw gradient the regularizer "
+            "ψ keeps. Lines of λ and z: running means; dots: single steps.",
         )
         section.draw(
             "alignment",
             figures.alignment(steps),
             "Gradient alignment: how far the regularized gradient ψ points the way of the query gradient, and of the "
-            "raw support gradient.",
+            "raw support gradient; 1: the same way, 0: at right angles. Lines: running means; dots: single steps.",
         )
         try:
             opened = Store.open(store)
@@ -214,19 +226,20 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
                 "tasks": str(rows["train"].nunique()),
                 "methods": str(rows["method"].nunique()),
                 "data seeds": str(described["seeds"]),
-                "K": " or ".join(map(str, sorted(rows["shots"].unique()))),
+                "examples a class (K)": ", ".join(map(str, sorted(rows["shots"].unique()))),
                 "backbone": Path(described["config"]["backbone"]).name,
             }
     section = _Section(f"Evaluation {folder.name}", prefix)
     section.blocks.append(_facts(facts))
 
+    table, drops = summarize(rows, baseline), gaps(rows, baseline)
     at = f" At {rows['point'].iloc[-1]}." if curve else ""
     with figures.style(prefix):
         if baseline in set(rows["method"]) and rows["method"].nunique() > 1:
             section.draw(
                 "differences",
-                figures.differences(rows, baseline),
-                f"Mean difference to {baseline} on the same draws, with its 95 % bootstrap interval over seeds.{at}",
+                figures.differences(table, baseline),
+                f"Mean difference to {baseline} on the same draws, with its interval over seeds ({INTERVAL_IS}).{at}",
             )
         if curve:
             caption = (
@@ -238,13 +251,13 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
             figures.accuracies(rows),
             f"Test accuracy of every method on every task, mean and standard deviation over seeds.{at}",
         )
-        if not gaps(rows, baseline).empty:
+        if not drops.empty:
             section.draw(
                 "domain-gaps",
-                figures.domain_gaps(rows, baseline),
+                figures.domain_gaps(drops),
                 f"Accuracy on the domain that was adapted on, and on others.{at}",
             )
-    section.blocks.append(_results_table(summarize(rows, baseline), baseline))
+    section.blocks.append(_results_table(table, baseline))
     section.fold(described)
     return section
 
@@ -275,7 +288,9 @@ def _validation_table(validations: pd.DataFrame) -> str:
     for name, own in validations.groupby("task_type"):
         before, after = (own[own["step"] == step].iloc[0] for step in (first, last))
         losses = f"{before['loss']:.3f} → {after['loss']:.3f}"
-        lines.append([str(name), losses, f"{100 * before['accuracy']:.0f} → {100 * after['accuracy']:.0f} %"])
+        lines.append(
+            [str(name), losses, f"{100 * before['accuracy']:.0f}{_GAP}→{_GAP}{100 * after['accuracy']:.0f}{_GAP}%"]
+        )
     head = ["task type", f"validation loss, step {first} → {last}", "accuracy"]
     return _html_table(head, lines)
 
@@ -288,24 +303,32 @@ def _domain_table(store: Store, marked: Sequence[int]) -> str:
         sentences = sorted((store.text(int(row)) for row in items[:: max(1, len(items) // 40)]), key=len)
         # Around the median length: neither fragments nor the longest sentences.
         middle = sentences[len(sentences) // 2 : len(sentences) // 2 + 2]
-        lines.append([str(number), str(int(np.diff(family.starts)[number])), " ⁄ ".join(middle)])
+        lines.append([str(number), str(int(np.diff(family.starts)[number])), " | ".join(middle)])
     return _html_table(["domain", "sentences", "for example"], lines)
 
 
 def _results_table(table: pd.DataFrame, baseline: str) -> str:
-    parts = []
+    compared = table["difference"].notna().any()
+    head = ["task", "method", "accuracy, %"]
+    head += [f"points above {baseline}", "95 % interval", "p"] if compared else []
+    head += ["seconds a seed", "trained parameters"]
+    says = "Mean and standard deviation over data seeds."
+    if compared:
+        says += f" Difference to {baseline} on the same draws, its interval ({INTERVAL_IS}), p of the paired t-test."
+    parts = [f"<p>{html.escape(says)}</p>"]
     for point in dict.fromkeys(table["point"]):
         lines = []
         for _, one in table[table["point"] == point].iterrows():
             task = pair_name(one["train"], one["test"])
-            spread = "" if np.isnan(one["sd"]) else f" ± {one['sd']:.1f}"
+            spread = "" if np.isnan(one["sd"]) else f"{_GAP}±{_GAP}{one['sd']:.1f}"
             difference = "" if np.isnan(one["difference"]) else f"{one['difference']:+.1f}"
             interval, p = "", ""
             if not np.isnan(one["p"]):
-                interval, p = f"{one['low']:+.1f} to {one['high']:+.1f}", probability(one["p"]).removeprefix("= ")
+                interval = f"{one['low']:+.1f}{_GAP}to{_GAP}{one['high']:+.1f}"
+                p = probability(one["p"]).removeprefix("= ")
             cost = [f"{one['seconds']:.1f}", f"{one['trained_parameters']:,.0f}"]
-            lines.append([task, one["method"], f"{one['mean']:.1f}{spread}", difference, interval, p, *cost])
-        head = ["task", "method", "accuracy", f"to {baseline}", "95 % interval", "p", "seconds", "trained"]
+            against = [difference, interval, p] if compared else []
+            lines.append([task, one["method"], f"{one['mean']:.1f}{spread}", *against, *cost])
         parts.append((f"<h3>{html.escape(point)}</h3>" if point else "") + _html_table(head, lines))
     return "".join(parts)
 
@@ -313,8 +336,12 @@ def _results_table(table: pd.DataFrame, baseline: str) -> str:
 def _html_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    # A phone scrolls a wide table within its own box, which a keyboard has to reach as well.
+    box = f'<div class="table" tabindex="0" role="region" aria-label="{html.escape(", ".join(head), quote=True)}">'
+    return f"{box}<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
+
+_GAP = "\N{NO-BREAK SPACE}"
 
 _DARK = ("#6ea0ff", "#ff8a55", "#3fcf9a", "#cd85ea", "#e0b13c", "#ff76a4", "#8ccb48", "#a3aab8")
 """The series' colours on a dark page."""
@@ -341,12 +368,13 @@ figcaption {{ font-size: .85rem; opacity: .85; }}
 th, td {{ text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }}
 td {{ font-variant-numeric: tabular-nums; }} pre {{ overflow-x: auto; font-size: .75rem; }}
 """
+    title = ", ".join([*(section.title for section in sections), "supmer report"])
     body = "".join(
         f'<section><h2>{html.escape(section.title)}</h2><div class="blocks">{"".join(section.blocks)}</div></section>'
         for section in sections
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>supmer report</title>'
-        f"<style>{style}</style></head><body><h1>supmer report</h1>{body}</body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>'
+        f"{html.escape(title)}</title><style>{style}</style></head><body><h1>supmer report</h1>{body}</body></html>\n"
     )

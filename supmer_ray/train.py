@@ -88,14 +88,15 @@ def train(
     """
     place, store = Place.of(out).resolved, Place.of(store).resolved
     opened = Outline.open(store)
+    digest = opened.manifest.digest
     require_domains(opened, config.tasks.types)
     require_new_place(place, overwrite=overwrite, resume=resume, can_resume=True, marker=CONFIG_FILE)
     require_loggers(config.monitoring.loggers, place)
     if resume:
-        _require_same_run(place, config, store, opened.manifest.digest)
+        _require_same_run(place, config, store, digest)
     if overwrite:
         require_outside(place, {"store": [store]})
-    with nullcontext() if place.remote else held(place.local, "a run"):
+    with held(place, "a run"):
         # Ray Train's trainer needs torch, whose import takes seconds: it is read while the cluster starts.
         threading.Thread(target=import_module, args=("torch",), daemon=True).start()
         resources = connect()
@@ -104,7 +105,6 @@ def train(
         if overwrite:
             place.remove()
         place.filesystem()[0].create_dir(place.filesystem()[1], recursive=True)
-        digest = opened.manifest.digest
         settings = {"store": str(store), "store_digest": digest, "config": config.model_dump(mode="json")}
         place.write(CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
         (place / REFUSAL_FILE).remove()

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,7 @@ def _tuner(config: SweepConfig, trial: Trial, *, resume: bool) -> ray_tune.Tuner
             search_alg=_searcher(config, trial.at_a_time),
             scheduler=_scheduler(config),
             reuse_actors=config.search == "pbt",
-            trial_dirname_creator=_trial_folder,
+            trial_dirname_creator=attrgetter("trial_id"),
         ),
         run_config=ray_tune.RunConfig(
             name=SEARCH,
@@ -202,10 +203,6 @@ def _kept(config: SweepConfig) -> int:
     Ray Tune notes a snapshot twice where it is handed on, and removes it with the first of the two.
     """
     return 2 if config.pbt is None else 4 + 2 * -(-config.pbt.every_steps // config.base.schedule.validate_every)
-
-
-def _trial_folder(trial: Any) -> str:
-    return trial.trial_id
 
 
 def _searcher(config: SweepConfig, at_a_time: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from supmer_ray.config import AdaptConfig
-from supmer_ray.fewshot.adapt import AdaptResult, AdaptRun, adapt, vocabulary_prompt
+from supmer_ray.fewshot.adapt import AdaptRun, adapt, judged, score, vocabulary_prompt
 from supmer_ray.fewshot.definition import load_definition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit
-from supmer_ray.fewshot.sampling import draw
+from supmer_ray.fewshot.encoding import Split, TaskEncoder, input_limit
+from supmer_ray.fewshot.sampling import draw, test_rows
 from supmer_ray.model.backbone import Backbone, load_backbone
 from supmer_ray.model.library import LibraryForward
 from supmer_ray.model.packed import Layout
@@ -66,26 +66,26 @@ def measure_fewshot(device: str, repeats: int, say: Callable[[str], None]) -> di
     half = load_backbone("embedded", device=device, dtype=torch.bfloat16)
     runs = _runs(ours)
 
-    def one_by_one(backbone: Backbone) -> list[AdaptResult]:
-        return [adapt(backbone, [run], CONFIG)[0] for run in runs]
+    def one_by_one(backbone: Backbone) -> list[float]:
+        return [accuracy for run in runs for accuracy in _tested(backbone, [run])]
 
-    ways: dict[str, Callable[[], list[AdaptResult]]] = {
-        TOGETHER: lambda: adapt(ours, runs, CONFIG),
-        "together, bfloat16": lambda: adapt(half, runs, CONFIG),
+    ways: dict[str, Callable[[], list[float]]] = {
+        TOGETHER: lambda: _tested(ours, runs),
+        "together, bfloat16": lambda: _tested(half, runs),
         "one by one": lambda: one_by_one(ours),
         PLAIN: lambda: one_by_one(padded),
         f"{PLAIN} to {REFERENCE}": lambda: one_by_one(published),
     }
     clocks = {"seconds": time.perf_counter, "core_seconds": time.process_time}
     times: dict[str, list[list[float]]] = {name: [] for name in ways}
-    accuracies: dict[str, list[float | None]] = {}
+    accuracies: dict[str, list[float]] = {}
     if ours.device.type == "cuda":  # kernels are compiled at their first use
         for way in ways.values():
             way()
     for round_ in range(min(repeats, 3)):
         for name, way in ways.items():
             started = [clock() for clock in clocks.values()]
-            accuracies[name] = [result.test_accuracy for result in way()]
+            accuracies[name] = way()
             times[name].append([clock() - since for clock, since in zip(clocks.values(), started, strict=True)])
             seconds, core_seconds = times[name][-1]
             say(f"round {round_ + 1}, {name}: {seconds:.2f} s, {core_seconds:.2f} s of the cores")
@@ -105,19 +105,28 @@ def measure_fewshot(device: str, repeats: int, say: Callable[[str], None]) -> di
             f"{len(runs)} runs {name}: {seconds:.1f} s, {speedup:.2f} times as fast as {PLAIN} ({core_speedup:.2f} by "
             f"seconds of the cores); {equal} of {len(runs)} test accuracies are equal"
         )
-    lengths = [length for run in runs for length in run.train.examples.lengths]
+    lengths = [length for run, _ in runs for length in run.train.examples.lengths]
     return {"runs": len(runs), "mean_length": sum(lengths) / len(lengths), "ways": rows}
 
 
-def _runs(backbone: Backbone) -> list[AdaptRun]:
+def _tested(backbone: Backbone, runs: Sequence[tuple[AdaptRun, Split]]) -> list[float]:
+    """Adapt the runs together, and score each one's test split with the prompt that was chosen."""
+    prompts = torch.stack([result.prompt for result in adapt(backbone, [run for run, _ in runs], CONFIG)])
+    examples, words = [test.examples for _, test in runs], [run.verbalizer_ids for run, _ in runs]
+    scores = score(backbone, prompts.to(backbone.device), examples, words)
+    return [judged(test, own)[0] for (_, test), own in zip(runs, scores, strict=True)]
+
+
+def _runs(backbone: Backbone) -> list[tuple[AdaptRun, Split]]:
     found = []
     for name in TASKS:
         definition = load_definition(name)
         frames = definition.read()
+        rows = test_rows(frames, CONFIG.max_test)
         encoder = TaskEncoder(backbone, definition, max_length=input_limit(backbone, PROMPT, CONFIG.max_length))
         for seed in SEEDS:
-            drawn = draw(definition, frames, CONFIG.shots, seed, CONFIG.max_test)
-            train, dev, test = (encoder.split(part) for part in (drawn.train, drawn.dev, drawn.test))
+            drawn = draw(definition, frames, CONFIG.shots, seed)
+            train, dev, test = (encoder.split(part) for part in (drawn.train, drawn.dev, rows))
             prompt = vocabulary_prompt(backbone, PROMPT, seed)
-            found.append(AdaptRun(train, dev, encoder.verbalizer_ids, seed, prompt, IdentityRegularizer(), test))
+            found.append((AdaptRun(train, dev, encoder.verbalizer_ids, seed, prompt, IdentityRegularizer()), test))
     return found

@@ -179,16 +179,10 @@ def _next_paragraph() -> Iterator[_Row]:
             yield split, opening, *candidates, "ABCD"[own]
 
 
-def _category(entry: _Entry) -> str:
-    return entry.id.split("/")[1]
-
-
-def _first_words(text: str) -> str:
-    return " ".join(text.split()[:80])
-
-
 def _stories(source: str) -> Iterator[_Row]:
-    return ((entry.split, _first_words(entry.text), _category(entry)) for entry in _entries(source))
+    """The first 80 words of each document of Orange's, and its category."""
+    for entry in _entries(source):
+        yield entry.split, " ".join(entry.text.split()[:80]), entry.id.split("/")[1]
 
 
 def _newsgroup_topics() -> Iterator[_Row]:

@@ -196,9 +196,7 @@ def _quiet_data() -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
-    context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
     # It says at WARNING that bars are off, and at INFO how each pipeline ended.
     levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}

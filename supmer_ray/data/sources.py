@@ -254,12 +254,34 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class JsonLines:
-    """The lines that start within [start, stop) bytes of a file with one JSON object a line."""
+class _Rows:
+    """A file of rows, one column of which holds the texts."""
 
     filesystem: FileSystem
     path: str
     column: str
+
+    def _texts_in(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[str]:
+        """The column's texts, nulls left out.
+
+        Raises:
+            UserError: there is no such column, or it holds no text.
+        """
+        if self.column not in schema.names:
+            raise UserError(_no_column(self.column, self.path, schema.names))
+        kind = schema.field(self.column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise UserError(
+                f"The column '{self.column}' of {self.path} holds {kind}, not text; name another as SOURCE::COLUMN."
+            )
+        for batch in batches:
+            yield from (text for text in batch.column(self.column).to_pylist() if text is not None)
+
+
+@dataclass(frozen=True)
+class JsonLines(_Rows):
+    """The lines that start within [start, stop) bytes of a file with one JSON object a line."""
+
     start: int
     stop: int
 
@@ -288,12 +310,8 @@ class JsonLines:
 
 
 @dataclass(frozen=True)
-class JsonList:
+class JsonList(_Rows):
     """A file that holds one JSON list of objects; it is read whole."""
-
-    filesystem: FileSystem
-    path: str
-    column: str
 
     def texts(self) -> Iterator[str]:
         with _readable(self.path):
@@ -306,29 +324,21 @@ class JsonList:
 
 
 @dataclass(frozen=True)
-class ParquetRows:
+class ParquetRows(_Rows):
     """One row group of a Parquet file."""
 
-    filesystem: FileSystem
-    path: str
-    column: str
     group: int
 
     def texts(self) -> Iterator[str]:
         with _readable(self.path), self.filesystem.open_input_file(self.path) as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-            _require_column(self.column, file.schema_arrow, self.path)
-            for batch in file.iter_batches(1024, row_groups=[self.group], columns=[self.column]):
-                yield from _strings(batch.column(0))
+            batches = file.iter_batches(1024, row_groups=[self.group], columns=[self.column])
+            yield from self._texts_in(file.schema_arrow, batches)
 
 
 @dataclass(frozen=True)
-class CsvRows:
+class CsvRows(_Rows):
     """A CSV file whose first line names the columns."""
-
-    filesystem: FileSystem
-    path: str
-    column: str
 
     def texts(self) -> Iterator[str]:
         as_strings = pa.csv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=False)
@@ -337,25 +347,17 @@ class CsvRows:
             # A text must lie within two blocks.
             blocks = pa.csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
             reader = pa.csv.open_csv(stream, blocks, convert_options=as_strings, parse_options=multi_line)
-            _require_column(self.column, reader.schema, self.path)
-            for batch in reader:
-                yield from _strings(batch.column(self.column))
+            yield from self._texts_in(reader.schema, reader)
 
 
 @dataclass(frozen=True)
-class ArrowRows:
+class ArrowRows(_Rows):
     """One Arrow file of a data set saved with the `datasets` library."""
-
-    filesystem: FileSystem
-    path: str
-    column: str
 
     def texts(self) -> Iterator[str]:
         with _readable(self.path), self.filesystem.open_input_stream(self.path) as stream:
             reader = pa.ipc.open_stream(stream)
-            _require_column(self.column, reader.schema, self.path)
-            for batch in reader:
-                yield from _strings(batch.column(self.column))
+            yield from self._texts_in(reader.schema, reader)
 
 
 @dataclass(frozen=True)
@@ -408,20 +410,8 @@ def _json_text(row: Any, column: str, where: Callable[[], str]) -> Iterator[str]
         raise UserError(f"{where()} has a {type(row[column]).__name__} as '{column}'; write a text.")
 
 
-def _require_column(column: str, schema: pa.Schema, path: str) -> None:
-    if column not in schema.names:
-        raise UserError(_no_column(column, path, schema.names))
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"The column '{column}' of {path} holds {kind}, not text; name another as SOURCE::COLUMN.")
-
-
 def _no_column(column: str, where: str, known: Iterable[str]) -> str:
     return f"{where} has no column '{column}' (it has {', '.join(known)}); name the text column as SOURCE::COLUMN."
-
-
-def _strings(column: pa.Array) -> Iterator[str]:
-    return (text for text in column.to_pylist() if text is not None)
 
 
 def _no_binary(text: str, path: str) -> str:

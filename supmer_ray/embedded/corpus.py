@@ -66,8 +66,9 @@ class Corpus:
         groups, first = np.unique(of_row[order], return_index=True)
         return dict(zip(groups.tolist(), np.split(order, first[1:]), strict=True))
 
-    def around(self, row: int, generator: np.random.Generator, reach: int = 3) -> np.ndarray:
+    def around(self, row: int, generator: np.random.Generator) -> np.ndarray:
         """Sentences near `row`: its neighbours in a document of some length, or others of its group."""
+        reach = 3
         first, end = self.bounds[self.document[row]], self.bounds[self.document[row] + 1]
         if end - first >= 3:
             near = np.arange(max(first, row - reach), min(end, row + reach + 1))

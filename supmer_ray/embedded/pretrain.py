@@ -12,7 +12,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from supmer_ray.embedded.card import write_card
 from supmer_ray.embedded.corpus import SENTENCE_TOKENS, TaskStore, cluster, embed, read, task_corpus
 from supmer_ray.embedded.words import WORD_SHARE, Lexicon, WordExample, WordExamples, random_rows
 from supmer_ray.errors import UserError, require_path, require_writable
+from supmer_ray.files import whole_file
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.tasks.formats import Formats
 from supmer_ray.tasks.types import ANSWERS, TaskDraw
@@ -363,7 +364,8 @@ class Pretraining:
                 if parameter in self.optimizer.state:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         texts = {"progress": json.dumps(asdict(self.progress)), "config": json.dumps(asdict(self.config))}
-        _replace(file, lambda new: save_file(tensors, new, metadata=texts))
+        with whole_file(file) as scratch:
+            save_file(tensors, scratch, metadata=texts)
 
     def resume(self, file: Path) -> None:
         """Go on from a checkpoint; `blocks` may differ, to end sooner or later than planned.
@@ -392,13 +394,8 @@ class Pretraining:
     def export(self, file: Path) -> None:
         """Write what was trained in float16, the file that the package ships."""
         state = {name: value.detach().half().contiguous() for name, value in self.parameters.items()}
-        _replace(file, lambda new: save_file(state, new))
-
-
-def _replace(file: Path, write: Callable[[Path], None]) -> None:
-    new = file.with_suffix(".new")
-    write(new)
-    new.replace(file)
+        with whole_file(file) as scratch:
+            save_file(state, scratch)
 
 
 def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
@@ -413,8 +410,8 @@ def pretrain(output: Path, config: PretrainConfig, command: str = "") -> None:
         UserError: the catalog cannot be fetched, or `output` holds a run of other settings or cannot be written to.
     """
     require_path(output)
-    require_writable(output / "checkpoint.safetensors")
     checkpoint = output / "checkpoint.safetensors"
+    require_writable(checkpoint)
     run = Pretraining(config)
     if checkpoint.is_file():
         run.resume(checkpoint)

@@ -43,7 +43,6 @@ class AdaptRun:
         prompt: (P, d) float32 to start from; all runs that adapt together share P.
         regularizer: ψ, called with (runs, P, d) gradients and (runs, d) task embeddings; runs that
             share the object are regularized in one call.
-        test: scored once with the chosen prompt; runs may share the object.
     """
 
     train: Split
@@ -52,7 +51,6 @@ class AdaptRun:
     seed: int
     prompt: Tensor
     regularizer: nn.Module
-    test: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,12 @@ class AdaptResult:
     Attributes:
         prompt: (P, d) float32 on the CPU, the best step's.
         best: the dev evaluation that chose it; step 0 is the prompt as it was given.
-        test_accuracy: of the chosen prompt; None where the run has no test split.
         evaluations: every dev evaluation, in order.
         losses: (steps,) mean training loss of each step's batch, before the step.
     """
 
     prompt: Tensor
     best: Evaluation
-    test_accuracy: float | None
     evaluations: list[Evaluation]
     losses: np.ndarray
 
@@ -147,10 +143,9 @@ def adapt(
         if progress:
             progress("adapt", step, config.steps)
 
-    accuracies = _test_accuracies(backbone, runs, chosen, token_budget, progress)
     curves = torch.stack(losses, dim=1).cpu().numpy()  # (runs, steps)
     return [
-        AdaptResult(chosen[number].float().cpu(), best[number], accuracies[number], history[number], curves[number])
+        AdaptResult(chosen[number].float().cpu(), best[number], history[number], curves[number])
         for number in range(len(runs))
     ]
 
@@ -281,23 +276,3 @@ def accuracy_and_loss(probabilities: np.ndarray, answers: np.ndarray) -> tuple[f
 def judged(split: Split, scores: np.ndarray) -> tuple[float, float]:
     """Accuracy and mean −log p of the right label, from the (examples, words) probabilities of a split's examples."""
     return accuracy_and_loss(label_probabilities(scores, split.offered), split.answers)
-
-
-def _test_accuracies(
-    backbone: Backbone, runs: Sequence[AdaptRun], prompts: Tensor, token_budget: int | None, progress: Progress | None
-) -> list[float | None]:
-    accuracies: list[float | None] = [None] * len(runs)
-    tested = [(number, run, run.test) for number, run in enumerate(runs) if run.test is not None]
-    if not tested:
-        return accuracies
-    scores = score(
-        backbone,
-        prompts[[number for number, _, _ in tested]],
-        [test.examples for _, _, test in tested],
-        [run.verbalizer_ids for _, run, _ in tested],
-        token_budget=token_budget,
-        progress=progress,
-    )
-    for (number, _, test), own in zip(tested, scores, strict=True):
-        accuracies[number] = judged(test, own)[0]
-    return accuracies

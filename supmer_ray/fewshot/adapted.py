@@ -14,7 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import pandas as pd
+import safetensors.numpy
 from pydantic import BaseModel, ConfigDict
 
 from supmer_ray.config import AdaptConfig
@@ -25,8 +27,6 @@ from supmer_ray.files import whole_folder
 from supmer_ray.reading import build
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from supmer_ray.fewshot.adapt import Progress
     from supmer_ray.model.backbone import Backbone
 
@@ -66,9 +66,9 @@ class AdaptedRecord(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A prompt (P, d) with the record of how it came to be."""
+    """A prompt (P, d) float32 with the record of how it came to be."""
 
-    prompt: Tensor
+    prompt: np.ndarray
     record: AdaptedRecord
 
 
@@ -78,18 +78,16 @@ def save_adapted(adapted: Adapted, folder: Path, *, overwrite: bool = False) -> 
     Raises:
         UserError: it holds something already and `overwrite` is false.
     """
-    import safetensors.torch
-
     require_new_folder(folder, overwrite=overwrite, marker=RECORD)
-    prompt = safetensors.torch.save({"prompt": adapted.prompt.float().contiguous().cpu()})
+    prompt = safetensors.numpy.save({"prompt": adapted.prompt})
     record = adapted.record.model_copy(update={"prompt_sha256": hashlib.sha256(prompt).hexdigest()})
     with whole_folder(folder) as partial:
         (partial / _PROMPT).write_bytes(prompt)
         (partial / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def _read(folder: Path) -> tuple[AdaptedRecord, bytes]:
-    """The record, and the prompt's file after its digest was found right.
+def load_adapted(folder: Path) -> Adapted:
+    """Read the folder and check its digest.
 
     Raises:
         UserError: it is no adapted folder, or a file is missing, damaged or not to be read.
@@ -108,22 +106,7 @@ def _read(folder: Path) -> tuple[AdaptedRecord, bytes]:
         raise UserError(f"Cannot read {error.filename} ({error.strerror}); check its permissions.") from None
     if hashlib.sha256(prompt).hexdigest() != record.prompt_sha256:
         raise UserError(f"{folder / _PROMPT} is damaged (its digest is not the recorded one); adapt the task again.")
-    return record, prompt
-
-
-def load_adapted(folder: Path) -> Adapted:
-    """Read the folder and check its digest.
-
-    Raises:
-        UserError: it is no adapted folder, or a file is missing, damaged or not to be read.
-    """
-    return _adapted(*_read(folder))
-
-
-def _adapted(record: AdaptedRecord, prompt: bytes) -> Adapted:
-    import safetensors.torch
-
-    return Adapted(safetensors.torch.load(prompt)["prompt"], record)
+    return Adapted(safetensors.numpy.load(prompt)["prompt"], record)
 
 
 def require_backbone(adapted: Adapted, backbone: Backbone) -> None:
@@ -171,7 +154,8 @@ def predict(
         raise UserError(f"The output {output_file} exists; choose another name, or add --overwrite to replace it.")
     if output_file.exists() and input_file.exists() and output_file.samefile(input_file):
         raise UserError(f"The output {output_file} is the input as well; name another file.")
-    record, prompt = _read(adapted_folder)
+    adapted = load_adapted(adapted_folder)
+    record = adapted.record
     frame = read_table(input_file)
     require_columns(frame, record.definition.texts, str(input_file))
     for column in (PREDICTED, PROBABILITY):
@@ -180,11 +164,12 @@ def predict(
     # What the output's format has no place for is told before the work.
     with TemporaryDirectory(prefix="supmer-") as scratch:
         write_table(frame, Path(scratch) / output_file.name, shown=output_file)
+    import torch
+
     from supmer_ray.fewshot.adapt import score
     from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
     from supmer_ray.model.backbone import best_device, load_backbone
 
-    adapted = _adapted(record, prompt)
     backbone = backbone or load_backbone(record.backbone, device=best_device())
     require_backbone(adapted, backbone)
     limit = input_limit(backbone, len(adapted.prompt), record.config.max_length)
@@ -193,7 +178,7 @@ def predict(
     each = len(inputs) // len(frame)
     [scores] = score(
         backbone,
-        adapted.prompt[None].to(backbone.device),
+        torch.from_numpy(adapted.prompt)[None].to(backbone.device),
         [inputs],
         [encoder.verbalizer_ids],
         progress=progress and (lambda name, done, total: progress(name, done // each, total // each)),

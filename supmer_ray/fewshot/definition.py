@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os.path import isdir
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
 
 from supmer_ray.errors import UserError, first_line, nearest
 from supmer_ray.fewshot import builtin
@@ -36,6 +36,32 @@ CANDIDATE = "candidate"
 
 WRONG, RIGHT = "wrong", "right"
 """What a multiple choice that is asked candidate by candidate has verbalizers for."""
+
+
+def _as_text(words: Any) -> Any:
+    """A mapping as YAML has it, from labels to words or columns, with both sides as text; all else as it is.
+
+    Raises:
+        ValueError: something is empty, or no longer what was written.
+    """
+    if not isinstance(words, dict):
+        return words
+    for label, word in words.items():
+        if isinstance(word, list | dict):
+            raise ValueError(f"'{label}' has several words; give it one")
+        for value in (label, word):
+            # YAML turns a bare yes, no, true, false or null into something whose spelling is lost.
+            if value is None or isinstance(value, bool):
+                raise ValueError(f"'{label}: {word}' holds a word that YAML reads as {value}; put it in quotes")
+        if not str(word).strip():
+            raise ValueError(f"label '{label}' has an empty word; write one")
+    result = {str(label): str(word).strip() for label, word in words.items()}
+    if len(result) < len(words):
+        raise ValueError("a label is written twice, as a number and as a text; keep one of the two")
+    return result
+
+
+Words = Annotated[dict[str, str], BeforeValidator(_as_text)]
 
 
 class FileSplits(Section):
@@ -54,6 +80,10 @@ class FileSplits(Section):
         if train == test:
             raise UserError(f"Train and test rows are both {train}, so test rows would be trained on; name two files.")
         return self.model_copy(update={"train": train, "test": test})
+
+    def read(self, file: Path, label: str) -> pd.DataFrame:
+        """The rows of one of the files."""
+        return read_table(file)
 
 
 class SplitNames(Section):
@@ -136,17 +166,12 @@ class Pattern(Section):
     """
 
     text: str
-    verbalizers: dict[str, str] = Field(default_factory=dict)
+    verbalizers: Words = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return {"text": value} if isinstance(value, str) else value
-
-    @field_validator("verbalizers", mode="before")
-    @classmethod
-    def _words_are_text(cls, verbalizers: Any) -> Any:
-        return _as_text(verbalizers) if isinstance(verbalizers, dict) else verbalizers
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
@@ -174,10 +199,10 @@ class TaskDefinition(Section):
     published: PublishedSplits | None = None
     where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     fields: tuple[str, ...] = Field(min_length=1)
-    candidates: dict[str, str] = Field(default_factory=dict)
+    candidates: Words = Field(default_factory=dict)
     label: str = "label"
     patterns: tuple[Pattern, ...] = Field(min_length=1)
-    verbalizers: dict[str, str] = Field(min_length=2)
+    verbalizers: Words = Field(min_length=2)
 
     @field_validator("fields")
     @classmethod
@@ -188,20 +213,19 @@ class TaskDefinition(Section):
             raise ValueError("a field is listed twice")
         return fields
 
-    @field_validator("candidates", mode="before")
+    @field_validator("candidates")
     @classmethod
-    def _candidates_are_columns(cls, candidates: Any, info: Any) -> Any:
-        if not isinstance(candidates, dict) or not candidates:
+    def _candidates_are_columns(cls, candidates: dict[str, str], info: Any) -> dict[str, str]:
+        if not candidates:
             return candidates
-        own = _as_text(candidates)
-        if len(own) < 2:
+        if len(candidates) < 2:
             raise ValueError("one candidate leaves no choice; name at least two")
         if CANDIDATE in info.data.get("fields", ()):
             raise ValueError(f"'{CANDIDATE}' stands for one candidate after the other in a pattern; rename that column")
-        columns = [*info.data.get("fields", ()), *own.values()]
+        columns = [*info.data.get("fields", ()), *candidates.values()]
         if len(set(columns)) < len(columns):
             raise ValueError("a column is named twice among fields and candidates")
-        return own
+        return candidates
 
     @field_validator("patterns")
     @classmethod
@@ -221,11 +245,6 @@ class TaskDefinition(Section):
             if len(names) == 1:
                 raise ValueError(f"pattern '{pattern}' uses no field; write at least one in braces")
         return patterns
-
-    @field_validator("verbalizers", mode="before")
-    @classmethod
-    def _words_are_text(cls, verbalizers: Any) -> Any:
-        return _as_text(verbalizers) if isinstance(verbalizers, dict) else verbalizers
 
     @model_validator(mode="after")
     def _columns_and_words_fit(self) -> TaskDefinition:
@@ -263,23 +282,24 @@ class TaskDefinition(Section):
     def read(self) -> dict[str, pd.DataFrame]:
         """The rows: {"train": …, "test": …} with the text columns and the label column, all text.
 
+        Train rows whose texts stand in the test split too, or a second time, are left out.
+
         Raises:
             UserError: a file, column or split is missing, a label has no verbalizer (with its row), or
                 the hub cannot be reached.
         """
         splits = self._read_splits()
-        return {split: self._checked(frame, where) for split, (frame, where) in splits.items()}
+        frames = {split: self._checked(frame, where) for split, (frame, where) in splits.items()}
+        own, tested = (pd.MultiIndex.from_frame(frames[split][list(self.texts)]) for split in ("train", "test"))
+        # Neither what is tested nor what stands there already is drawn from: test rows would be trained on, and rows
+        # that were trained on would choose the step.
+        drawn = frames["train"][~(own.duplicated() | own.isin(tested))].reset_index(drop=True)
+        return frames | {"train": drawn}
 
     def _read_splits(self) -> dict[str, tuple[pd.DataFrame, str]]:
-        if self.data.files is not None:
-            files = {"train": self.data.files.train, "test": self.data.files.test}
-            return {split: (read_table(file), str(file)) for split, file in files.items()}
-        if self.data.published is not None:
-            own = self.data.published
-            return {
-                split: (own.read(file, self.label), str(file))
-                for split, file in (("train", own.train), ("test", own.test))
-            }
+        if own := self.data.files or self.data.published:
+            files = {"train": own.train, "test": own.test}
+            return {split: (own.read(file, self.label), str(file)) for split, file in files.items()}
         if self.data.dataset is not None:
             return _read_dataset(self.data.dataset, self.label)
         from supmer_ray.data.catalog import labelled
@@ -397,27 +417,6 @@ def field_texts(
             if isinstance(cell, bytes | bytearray | memoryview):
                 raise UserError(f"Row {row} of {where} holds bytes as '{field}'; store that column as text.")
     return pd.DataFrame({field: ["" if pd.isna(cell) else str(cell) for cell in frame[field]] for field in fields})
-
-
-def _as_text(words: Mapping[Any, Any]) -> dict[str, str]:
-    """A mapping as YAML has it, from labels to words or columns, with both sides as text.
-
-    Raises:
-        ValueError: something is empty, or no longer what was written.
-    """
-    for label, word in words.items():
-        if isinstance(word, list | dict):
-            raise ValueError(f"'{label}' has several words; give it one")
-        for value in (label, word):
-            # YAML turns a bare yes, no, true, false or null into something whose spelling is lost.
-            if value is None or isinstance(value, bool):
-                raise ValueError(f"'{label}: {word}' holds a word that YAML reads as {value}; put it in quotes")
-        if not str(word).strip():
-            raise ValueError(f"label '{label}' has an empty word; write one")
-    result = {str(label): str(word).strip() for label, word in words.items()}
-    if len(result) < len(words):
-        raise ValueError("a label is written twice, as a number and as a text; keep one of the two")
-    return result
 
 
 def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:

@@ -1,8 +1,8 @@
 """Rows of a task to token ids: pattern around the fields, the sentinel at the mask, words as targets.
 
 In come rows of text, out come flat `Examples` (framed as the backbone's tokenizer frames a text) and
-the numbers of their labels. A text that is too long loses tokens of its fields, in proportion to their
-lengths and from their ends; the pattern and the mask always stay whole. A multiple choice that is asked
+the numbers of their labels. A text that is too long loses the ends of its longest fields, so that a question
+beside a passage stays whole; the pattern and the mask always do. A multiple choice that is asked
 candidate by candidate becomes one example for each candidate.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,6 @@ from supmer_ray.fewshot.definition import (
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.prompted import ANSWER, IGNORED
 from supmer_ray.tasks.batch import Examples
-from supmer_ray.tasks.formats import shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,20 @@ def label_probabilities(scores: np.ndarray, offered: np.ndarray | None) -> np.nd
     return scipy.special.softmax(np.where(offered, odds, -np.inf), axis=1)
 
 
+def levelled(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens each field keeps so that all together have at most `room`: the longest give way first.
+
+    Example:
+        >>> levelled([500, 12, 300], 400)
+        [194, 12, 194]
+    """
+    kept, left = [0] * len(lengths), room
+    for number, place in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
+        kept[place] = min(lengths[place], left // (len(lengths) - number))
+        left -= kept[place]
+    return kept
+
+
 def input_limit(backbone: Backbone, prompt_length: int, max_length: int) -> int:
     """Tokens that an encoder input may have beside the prompt: `max_length`, or what the positions leave.
 
@@ -99,7 +113,7 @@ class TaskEncoder:
 
     Args:
         max_length: of an encoder input with its frame, prompt not counted.
-        pattern: which of the definition's patterns.
+        pattern: number of the definition's pattern; one that has fewer uses its last.
 
     Attributes:
         verbalizer_ids: (words,) first token of each label's word, or of (wrong, right), what scoring looks at.
@@ -114,7 +128,7 @@ class TaskEncoder:
         self.definition = definition
         special = {*backbone.tokenizer.all_special_ids, backbone.sentinel, backbone.closing}
         self._special = special - {backbone.tokenizer.unk_token_id}
-        own = definition.patterns[pattern]
+        own = definition.patterns[min(pattern, len(definition.patterns) - 1)]
         self._parts = self._pattern_tokens(own.text)
         fixed = sum(len(tokens) for _, tokens, _ in self._parts)
         self._room = max_length - fixed - 1 - len(backbone.prefix) - len(backbone.suffix)
@@ -176,21 +190,20 @@ class TaskEncoder:
 
     def _input_ids(self, frame: pd.DataFrame) -> list[list[int]]:
         texts = field_texts(frame, self.definition.texts)
-        slots = [(spaced, name) for spaced, _, name in self._parts if name not in (None, MASK)]
-        tokens: dict[tuple[bool, str], list[list[int]]] = {}
+        slots = [(spaced, name) for spaced, _, name in self._parts if name and name != MASK]
+
+        @cache
+        def tokens(column: str, spaced: bool) -> list[list[int]]:
+            return self._tokenize(texts[column].tolist(), spaced=spaced)
+
         asked = []
-        for candidate in self.definition.candidates.values() or [None]:
-            columns = []
-            for spaced, name in slots:
-                place = (spaced, str(candidate if candidate is not None and name == CANDIDATE else name))
-                if place not in tokens:
-                    tokens[place] = self._tokenize(texts[place[1]].tolist(), spaced=spaced)
-                columns.append(tokens[place])
+        for candidate in self.definition.candidates.values() or [CANDIDATE]:
+            columns = [tokens(candidate if name == CANDIDATE else name, spaced) for spaced, name in slots]
             asked.append([self._fill(fields) for fields in zip(*columns, strict=True)])
         return [ids for row in zip(*asked, strict=True) for ids in row]
 
     def _fill(self, fields: Sequence[list[int]]) -> list[int]:
-        kept = shortened([len(field) for field in fields], self._room)
+        kept = levelled([len(field) for field in fields], self._room)
         texts = (field[:length] for field, length in zip(fields, kept, strict=True))
         ids = list(self.backbone.prefix)
         for _, tokens, name in self._parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os.path import isdir
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from supmer_ray.config import VOCABULARY_ROWS, AdaptConfig
 from supmer_ray.errors import require_new_folder
 from supmer_ray.fewshot.adapt import (
-    AdaptResult,
     AdaptRun,
     Evaluation,
     Progress,
@@ -106,9 +105,9 @@ def evaluate_method(
         if method.learns == "prompt":
             rows = len(checkpoint.prompt) if checkpoint else prompt_length
         limit = input_limit(backbone, rows, config.max_length)
-        encoder = _encoder(backbone, source.definition, limit, pattern)
+        encoder = TaskEncoder(backbone, source.definition, max_length=limit, pattern=pattern)
         splits = [
-            _encoder(backbone, target.definition, limit, pattern).split(test)
+            TaskEncoder(backbone, target.definition, max_length=limit, pattern=pattern).split(test)
             for target, test in zip(targets, tests, strict=True)
         ]
         runs = _runs(backbone, encoder, draws, seeds, checkpoint, rows, vocabulary_rows)
@@ -146,10 +145,6 @@ class _Learned:
     accuracies: list[float]
 
 
-def _encoder(backbone: Backbone, definition: TaskDefinition, limit: int, pattern: int) -> TaskEncoder:
-    return TaskEncoder(backbone, definition, max_length=limit, pattern=min(pattern, len(definition.patterns) - 1))
-
-
 def _runs(
     backbone: Backbone,
     encoder: TaskEncoder,
@@ -180,13 +175,19 @@ def _runs(
 
 
 def _accuracies(
-    backbone: Backbone, prompts: Tensor, runs: Sequence[AdaptRun], splits: Sequence[Split], token_budget: int | None
+    backbone: Backbone,
+    prompts: Tensor,
+    runs: Sequence[AdaptRun],
+    splits: Sequence[Split],
+    token_budget: int | None,
+    progress: Progress | None = None,
 ) -> list[list[float]]:
     """For each run the accuracy on each split, with its row of `prompts` (runs, P, d)."""
     words = [run.verbalizer_ids for run in runs]
     by_split = []
     for split in splits:
-        scores = score(backbone, prompts, [split.examples] * len(runs), words, token_budget=token_budget)
+        examples = [split.examples] * len(runs)
+        scores = score(backbone, prompts, examples, words, token_budget=token_budget, progress=progress)
         by_split.append([judged(split, own)[0] for own in scores])
     return [list(own) for own in zip(*by_split, strict=True)]
 
@@ -213,6 +214,7 @@ def _weights(
         tuned, best = finetune(backbone, run, config, token_budget=token_budget)
         [tested] = _accuracies(tuned, run.prompt[None].to(tuned.device), [run], splits, token_budget)
         learned.append(_Learned(best, sum(weight.numel() for weight in tuned.model.parameters()), tested))
+        del tuned  # not kept beside the next one's
     return learned
 
 
@@ -261,7 +263,7 @@ def adapt_task(
     pattern: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> AdaptResult:
+) -> AdaptedRecord:
     """Adapt one task with one seed and keep the prompt in the folder `out`, ready for `predict`.
 
     Args:
@@ -282,9 +284,11 @@ def adapt_task(
     rows = len(checkpoint.prompt) if checkpoint else prompt_length
     limit = input_limit(backbone, rows, config.max_length)
     encoder = TaskEncoder(backbone, definition, max_length=limit, pattern=pattern)
-    drawn = draw(definition, task.frames, config.shots, seed, config.max_test)
+    drawn = draw(definition, task.frames, config.shots, seed)
+    test = encoder.split(test_rows(task.frames, config.max_test))
     [run] = _runs(backbone, encoder, [drawn], [seed], checkpoint, rows)
-    [result] = adapt(backbone, [replace(run, test=encoder.split(drawn.test))], config, progress=progress)
+    [result] = adapt(backbone, [run], config, progress=progress)
+    [[accuracy]] = _accuracies(backbone, result.prompt[None].to(backbone.device), [run], [test], None, progress)
     record = AdaptedRecord(
         definition=definition,
         pattern=pattern,
@@ -296,7 +300,7 @@ def adapt_task(
         regularized=checkpoint is not None and checkpoint.config.regularizer.enabled,
         best_step=result.best.step,
         dev_accuracy=result.best.accuracy,
-        test_accuracy=result.test_accuracy,
+        test_accuracy=accuracy,
     )
-    save_adapted(Adapted(result.prompt, record), out, overwrite=overwrite)
-    return result
+    save_adapted(Adapted(result.prompt.numpy(), record), out, overwrite=overwrite)
+    return record

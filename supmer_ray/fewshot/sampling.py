@@ -18,20 +18,13 @@ from supmer_ray.fewshot.definition import TaskDefinition
 
 @dataclass(frozen=True)
 class FewShotDraw:
-    """K rows a class to train on, K other rows a class to choose the best step, and the test rows."""
+    """K rows a class to train on, and K other rows a class to choose the best step."""
 
     train: pd.DataFrame
     dev: pd.DataFrame
-    test: pd.DataFrame
 
 
-def draw(
-    definition: TaskDefinition,
-    frames: Mapping[str, pd.DataFrame],
-    shots: int,
-    seed: int,
-    max_test: int | None = None,
-) -> FewShotDraw:
+def draw(definition: TaskDefinition, frames: Mapping[str, pd.DataFrame], shots: int, seed: int) -> FewShotDraw:
     """Draw a few-shot task.
 
     The rows of each class are shuffled by (seed, class number); training takes from the front and
@@ -40,7 +33,6 @@ def draw(
     Args:
         frames: what `definition.read()` gave.
         shots: K.
-        max_test: at most this many test rows, the same ones for every seed, in their order.
 
     Raises:
         UserError: a class has fewer than 2K rows in the train split.
@@ -52,8 +44,9 @@ def draw(
         own = np.flatnonzero((rows[definition.label] == label).to_numpy())
         if len(own) < 2 * shots:
             raise UserError(
-                f"Class '{label}' of task '{definition.name}' has {len(own)} rows in its train split but needs "
-                f"{2 * shots}: {shots} to train and {shots} for the dev split; lower the shots or add rows."
+                f"Class '{label}' of task '{definition.name}' has {len(own)} rows in its train split, repeated and "
+                f"tested ones not counted, but needs {2 * shots}: {shots} to train and {shots} for the dev split; "
+                "lower the shots or add rows."
             )
         shuffled = np.random.default_rng((seed, number)).permutation(own)
         train.append(shuffled[:shots])
@@ -61,7 +54,6 @@ def draw(
     return FewShotDraw(
         train=rows.iloc[np.concatenate(train)].reset_index(drop=True),
         dev=rows.iloc[np.concatenate(dev)].reset_index(drop=True),
-        test=test_rows(frames, max_test),
     )
 
 

@@ -69,8 +69,9 @@ def read_tsv(file: Path) -> pd.DataFrame:
         UserError: the file is missing, is no text, or has no rows.
     """
     try:
-        # Not splitlines(): a sentence may hold any other character that ends a line.
-        header, *rows = (line.split("\t") for line in file.read_text(encoding="utf-8-sig").split("\n"))
+        # Neither splitlines() nor universal newlines: a sentence may hold any other character that ends a line.
+        text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        header, *rows = (line.split("\t") for line in text.split("\n"))
     except FileNotFoundError:
         raise UserError(f"There is no file {file}; check the folder of the published files.") from None
     except (OSError, UnicodeDecodeError) as error:

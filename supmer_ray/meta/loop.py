@@ -246,17 +246,11 @@ def meta_train(plan: RunPlan, host: Host) -> None:
             metrics = learner.train_step(batch, stop=asked(), look=look)
             seconds = time.perf_counter() - started
             done = state.progress.step
-            row = {
-                "kind": "step",
-                "step": done,
-                **metrics,
-                "step_seconds": seconds,
-                "data_wait_seconds": waited,
-            }
+            figures = {"step": done, **metrics, "step_seconds": seconds, "data_wait_seconds": waited}
             if reached:
                 record.write({"kind": "start", "step": done, "reached": {**reached, "step": time.time()}})
                 reached = {}
-            record.write(row)
+            record.write({"kind": "step", **figures})
             leaving = learner.looking and host.leaving()
             looked = time.monotonic() if learner.looking else looked
             if leaving and not announced and not plan.objective:
@@ -269,7 +263,7 @@ def meta_train(plan: RunPlan, host: Host) -> None:
                 if validated:
                     report({"step": done, **plan.objective(learner, found)})
             elif done % schedule.checkpoint_every == 0 or done == last or learner.stopping or leaving:
-                report({name: value for name, value in row.items() if name != "kind"})
+                report(figures)
             if learner.stopping and done < last:
                 text = f"Stopped after step {done}, as told, with a snapshot; go on with --resume."
                 record.write({"kind": "notice", "step": done, "text": text})

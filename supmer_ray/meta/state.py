@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from supmer_ray.config import RunConfig
 from supmer_ray.errors import UserError
-from supmer_ray.files import Place, Where, read_sealed, seal, write_json
+from supmer_ray.files import SEAL, Place, Where, read_sealed, seal, write_json
 from supmer_ray.meta.run import OPTIMIZER, PROGRESS, PROMPT, REGULARIZER
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import Backbone
@@ -224,7 +224,7 @@ def load_checkpoint(where: Where, backbone: Backbone) -> Checkpoint:
             f"The checkpoint {place} was made for the backbone '{made_for['name']}', not for '{backbone.name}' "
             f"(other weights); compare or adapt on that backbone, or meta-train for this one."
         )
-    config = build(RunConfig, description["run"], str(place / "config.json"))
+    config = build(RunConfig, description["run"], str(place / SEAL))
     prompt = _tensors(place, PROMPT)["prompt"].to(backbone.device)
     regularizer = make_regularizer(config, backbone.d_model)
     if config.regularizer.enabled:

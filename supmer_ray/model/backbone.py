@@ -283,13 +283,13 @@ class Backbone:
         return self.embed(ids.to(self.device)).detach().float().clone()
 
 
-def _spread(size: int, most: int = 256) -> np.ndarray:
-    """Up to `most` numbers from 0 to `size` − 1, evenly.
+def _spread(size: int) -> np.ndarray:
+    """Up to 256 numbers from 0 to `size` − 1, evenly.
 
     They are those of a float32 `torch.linspace` with fused multiply-add, of which fingerprints were made first. Torch
     gives others on processors that have none, so it is written out: products in float64 are exact, and rounded once.
     """
-    count, end = min(most, size), np.float64(np.float32(size - 1))
+    count, end = min(256, size), np.float64(np.float32(size - 1))
     if count == 1:
         return np.zeros(1, np.int64)
     step, number = np.float64(np.float32(end) / np.float32(count - 1)), np.arange(count, dtype=np.float64)

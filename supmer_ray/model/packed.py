@@ -96,11 +96,9 @@ class Layout:
             rows = torch.repeat_interleave(torch.arange(len(self)) * longest, torch.tensor(self.widths)) + self.places
             rectangle = packed.new_zeros(len(self) * longest, packed.shape[1])
             rectangle = rectangle.index_copy(0, moved(rows, packed.device), packed).view(len(self), longest, -1)
-        return rectangle, None if min(self.keys) == longest else moved(self._held(), packed.device)
-
-    def _held(self) -> Tensor:
-        """(B, longest) whether each place holds a key."""
-        return torch.arange(max(self.widths)) < torch.tensor(self.keys)[:, None]
+        if min(self.keys) == longest:
+            return rectangle, None
+        return rectangle, moved(torch.arange(longest) < torch.tensor(self.keys)[:, None], packed.device)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -156,9 +156,8 @@ class T5Forward:
         if key not in self._merged:
             parts = (attend.q, attend.k, attend.v)
             merged = torch.cat([part.weight.detach() for part in parts])
-            inner = len(attend.q.weight)
-            for place, part in enumerate(parts):
-                part.weight.data = merged[place * inner : (place + 1) * inner]
+            for part, own in zip(parts, merged.chunk(3), strict=True):
+                part.weight.data = own
             self._merged[key] = merged
         return self._merged[key]
 

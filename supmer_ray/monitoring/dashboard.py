@@ -67,10 +67,10 @@ def make_dashboard() -> dict[str, Any]:
             }
         )
 
-    def variable(name: str, label: str) -> dict[str, Any]:
-        query = f"label_values(ray_supmer_step, {name})"
+    def variable(name: str, series_label: str, label: str) -> dict[str, Any]:
+        query = f"label_values(ray_supmer_step, {series_label})"
         return {
-            "name": "run" if name == "run" else "session",
+            "name": name,
             "type": "query",
             "datasource": source,
             "query": {"query": query, "refId": "Variable"},
@@ -96,8 +96,8 @@ def make_dashboard() -> dict[str, Any]:
         "templating": {
             "list": [
                 {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Source", "refresh": 1},
-                variable("SessionName", "Ray session"),
-                variable("run", "Run"),
+                variable("session", "SessionName", "Ray session"),
+                variable("run", "run", "Run"),
             ]
         },
         "panels": panels,

@@ -35,17 +35,13 @@ def collate(backbone: Backbone, examples: Examples, rows: np.ndarray, *, widths:
     said = np.where(labels == IGNORED, pad, labels)[:, :-1]
     decoder_ids = np.concatenate([np.full((len(rows), 1), start, np.int64), said], axis=1)
     task = examples.task[rows].astype(np.int64)
-    choices = examples.choices[task].astype(np.int64)
-    input_ids, decoder_input_ids, label_ids, tasks, choice_ids = (
-        to_device(array, device) for array in (ids, decoder_ids, labels, task, choices)
-    )
     return Rows(
-        input_ids=input_ids,
+        input_ids=to_device(ids, device),
         layout=Layout(tuple(widths.tolist()), tuple(lengths.tolist())),
-        decoder_input_ids=decoder_input_ids,
-        labels=label_ids,
-        choices=choice_ids,
-        task=tasks,
+        decoder_input_ids=to_device(decoder_ids, device),
+        labels=to_device(labels, device),
+        choices=to_device(examples.choices[task].astype(np.int64), device),
+        task=to_device(task, device),
         vectors=to_device(examples.vectors, device) if examples.vectors.shape[1] else None,
     )
 

@@ -9,10 +9,10 @@ would have to skip.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -94,13 +94,11 @@ class MetaTasks(Datasource):
     ) -> list[ReadTask]:
         """One task for every few steps, whatever parallelism Ray Data would like."""
         return [
-            ReadTask(self._reader(part), BlockMetadata(len(part), None, None, None), None, per_task_row_limit)
+            ReadTask(
+                partial(self._source.shards, part), BlockMetadata(len(part), None, None, None), None, per_task_row_limit
+            )
             for part in _parts(self._steps)
         ]
-
-    def _reader(self, steps: range) -> Callable[[], Iterator[pa.Table]]:
-        source = self._source
-        return lambda: source.shards(steps)
 
 
 def _parts(steps: range) -> list[range]:

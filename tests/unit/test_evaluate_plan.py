@@ -58,8 +58,9 @@ def own_task(tmp_path):
     """A function that writes a task of four rows, with changes, and its path."""
 
     def write(rows="text,label\na,0\nb,1\nc,0\nd,1\n", **changes):
-        for split in ("train", "test"):
-            (tmp_path / f"{split}.csv").write_text(rows)
+        header, *lines = rows.splitlines(keepends=True)
+        (tmp_path / "train.csv").write_text(rows)
+        (tmp_path / "test.csv").write_text(header + "".join(f"tested {line}" for line in lines))
         values = {
             "name": "own",
             "data": {"files": {"train": "train.csv", "test": "test.csv"}},
@@ -352,7 +353,7 @@ def run_cell_by(monkeypatch):
         run = SimpleNamespace(remote=lambda *given: SimpleNamespace(future=lambda: pool.submit(task, work, *given)))
         return SimpleNamespace(options=lambda **_: run)
 
-    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "remote", lambda **_: remote)
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr("supmer_ray.evaluate.connect", lambda: Resources((1.0,)))
     yield lambda work: monkeypatch.setattr("supmer_ray.evaluate._run_cell", work)

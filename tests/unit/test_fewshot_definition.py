@@ -21,6 +21,7 @@ ROWS = [
     {"title": "a fine day", "body": "sun and wind", "kind": "good"},
     {"title": "rain again", "body": "NA", "kind": "bad"},
 ]
+TESTED = [{**row, "title": f"{row['title']} indeed"} for row in ROWS]
 
 
 def task(folder: Path, **changes) -> Path:
@@ -32,8 +33,8 @@ def task(folder: Path, **changes) -> Path:
         "patterns": ["{title} : {body} It is {mask} ."],
         "verbalizers": {"good": "great", "bad": "terrible"},
     } | changes
-    for split in ("train", "test"):
-        pd.DataFrame(ROWS).to_csv(folder / f"{split}.csv", index=False)
+    for split, rows in (("train", ROWS), ("test", TESTED)):
+        pd.DataFrame(rows).to_csv(folder / f"{split}.csv", index=False)
     file = folder / "weather.yaml"
     file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return file
@@ -58,7 +59,7 @@ def test_reads_other_formats_with_numbers_for_labels(tmp_path, ending):
     source = {"files": {"train": file.name, "test": shutil.copy(file, tmp_path / f"other{ending}").name}}
     definition = load_definition(task(tmp_path, data=source, verbalizers={0: "terrible", 1: "great"}))
     assert definition.labels == ("0", "1")
-    assert definition.read()["train"].to_dict("records") == [
+    assert definition.read()["test"].to_dict("records") == [
         {"title": "a", "body": "c", "kind": "0"},
         {"title": "b", "body": "", "kind": "1"},
     ]
@@ -173,7 +174,7 @@ def test_candidates_are_columns_and_their_labels_the_task_s(tmp_path):
     assert definition.labels == ("first", "second")
     row = {"opening": "rain", "a": "sun", "b": "wind", "kind": "second"}
     write(pd.DataFrame([row | {"else": 1}]))
-    assert definition.read()["train"].to_dict("records") == [row]
+    assert definition.read()["test"].to_dict("records") == [row]
     write(pd.DataFrame([row | {"kind": "third"}]))
     with pytest.raises(UserError, match=r"'third', which has no candidate .* \"'third': COLUMN\" under candidates"):
         definition.read()
@@ -207,6 +208,14 @@ def test_test_rows_are_others_than_those_to_train_on(tmp_path):
     named = {"dataset": {"name": "sst2", "splits": {"train": "train", "test": "train"}}}
     with pytest.raises(UserError, match=r"both are 'train', so test rows would be trained on; name two"):
         load_definition(task(tmp_path, data=named))
+
+
+def test_rows_that_are_tested_or_stand_there_twice_are_not_drawn_from(tmp_path):
+    file = task(tmp_path)
+    pd.DataFrame([ROWS[0], TESTED[1], ROWS[1], ROWS[0]]).to_csv(tmp_path / "train.csv", index=False)
+    frames = load_definition(file).read()
+    assert frames["train"].to_dict("records") == ROWS
+    assert frames["test"].to_dict("records") == TESTED
 
 
 def test_a_cell_that_holds_bytes_is_refused(tmp_path):

@@ -10,10 +10,9 @@ from tiny import make_tiny_bart, make_tiny_t5
 from supmer_ray.errors import UserError
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.definition import TaskDefinition, load_definition
-from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities
+from supmer_ray.fewshot.encoding import TaskEncoder, input_limit, label_probabilities, levelled
 from supmer_ray.model.backbone import Backbone, load_backbone, outline
 from supmer_ray.model.prompted import IGNORED
-from supmer_ray.tasks.formats import shortened
 
 TEXT = "the film was great terrible and a fine story about rain question answer yes no in sunny places"
 WORDS = TEXT.split()
@@ -76,15 +75,11 @@ def test_pattern_whole_one_sentinel_never_too_long(backbone, rows, limit):
 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=5), room=st.integers(0, 500))
-def test_shortening_is_proportional_and_exact(lengths, room):
-    kept = shortened(lengths, room)
+def test_the_longest_fields_give_way_first_and_no_more_than_they_must(lengths, room):
+    kept = levelled(lengths, room)
     assert sum(kept) == min(room, sum(lengths))
-    assert all(0 <= keep <= length for keep, length in zip(kept, lengths, strict=True))
-    if room >= len(lengths):
-        assert all(keep > 0 for keep, length in zip(kept, lengths, strict=True) if length)
-    if sum(lengths) > room:
-        for keep, length in zip(kept, lengths, strict=True):
-            assert abs(keep - length * room / sum(lengths)) <= len(lengths)
+    for keep, length in zip(kept, lengths, strict=True):
+        assert keep == length or max(kept) - 1 <= keep < length
 
 
 def test_reads_as_the_pattern_says(backbone):

@@ -62,8 +62,8 @@ def test_reads_the_published_layout(name, tmp_path):
         (tmp_path / place.format(split)).write_text(text, encoding="utf-8")
     definition = load_definition(name).from_folder(tmp_path)
     frames = definition.read()
-    for split in ("train", "test"):
-        assert [tuple(row) for row in frames[split].itertuples(index=False)] == expected
+    assert [tuple(row) for row in frames["test"].itertuples(index=False)] == expected
+    assert frames["train"].empty, "the same rows, and what is tested is not drawn from"
     assert definition.patterns == load_definition(name).patterns
 
 
@@ -97,8 +97,8 @@ def test_refuses_what_is_not_that_layout(name, text, message, tmp_path):
 
 
 def test_where_keeps_the_rows_with_these_values(tmp_path):
-    for name in ("rows.csv", "test.csv"):
-        (tmp_path / name).write_text("text,topic,label\na,x,0\nb,y,1\nc,x,1\nd,z,0\n")
+    (tmp_path / "rows.csv").write_text("text,topic,label\na,x,0\nb,y,1\nc,x,1\nd,z,0\n")
+    (tmp_path / "test.csv").write_text("text,topic,label\ne,x,0\nf,z,1\n")
     source = (
         "name: t\ndata: {files: {train: rows.csv, test: test.csv}}\nwhere: {topic: [%s]}\nfields: [text]\n"
         "patterns: ['{text} {mask}']\nverbalizers: {0: bad, 1: good}\n"

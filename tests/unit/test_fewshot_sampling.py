@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supmer_ray.errors import UserError
+from supmer_ray.fewshot import sampling
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.sampling import draw
 
@@ -44,7 +45,6 @@ def test_k_of_each_class_apart_and_the_same_again(counts, shots, seed):
     again = draw(task, rows, shots, seed)
     pd.testing.assert_frame_equal(drawn.train, again.train)
     pd.testing.assert_frame_equal(drawn.dev, again.dev)
-    pd.testing.assert_frame_equal(drawn.test, rows["test"])
     fewer = draw(task, rows, 1, seed)
     assert set(fewer.train["text"]) <= set(drawn.train["text"])
     assert set(fewer.dev["text"]) <= set(drawn.dev["text"])
@@ -52,11 +52,13 @@ def test_k_of_each_class_apart_and_the_same_again(counts, shots, seed):
 
 def test_seeds_draw_differently_but_are_tested_on_the_same_rows():
     task, rows = definition(["a", "b"]), frames({"a": 50, "b": 50}, test=100)
-    first, second = (draw(task, rows, 8, seed, max_test=10) for seed in (0, 1))
+    first, second = (draw(task, rows, 8, seed) for seed in (0, 1))
     assert set(first.train["text"]) != set(second.train["text"])
-    pd.testing.assert_frame_equal(first.test, second.test)
-    assert len(first.test) == 10
-    assert len(draw(task, rows, 8, 0, max_test=1000).test) == 100
+    tested = sampling.test_rows(rows, 10)
+    pd.testing.assert_frame_equal(tested, sampling.test_rows(rows, 10))
+    assert len(tested) == 10 and set(tested["text"]) < set(rows["test"]["text"])
+    for most in (None, 100, 1000):
+        pd.testing.assert_frame_equal(sampling.test_rows(rows, most), rows["test"])
 
 
 def test_too_few_rows_name_class_count_and_need():

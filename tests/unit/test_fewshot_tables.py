@@ -18,6 +18,11 @@ def test_texts_come_back_as_they_were(tmp_path, text, ending):
     assert found.astype(str).to_numpy().tolist() == [[text, "1"], ["c", "2"]]
 
 
+def test_a_lone_carriage_return_is_text_of_a_glue_table(tmp_path):
+    (tmp_path / "train.tsv").write_bytes(b"\xef\xbb\xbfid\ttext\tlabel\r\n0\ta\rb\t1\r\n1\tbroken\r\n")
+    assert read_tsv(tmp_path / "train.tsv").to_dict("records") == [{"id": "0", "text": "a\rb", "label": "1"}]
+
+
 def test_an_empty_line_of_one_column_is_an_empty_text(tmp_path):
     (tmp_path / "one.csv").write_text("text\na\n\nb\n")
     assert read_table(tmp_path / "one.csv")["text"].tolist() == ["a", "", "b"]
