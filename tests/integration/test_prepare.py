@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
 from cluster import assert_all_is_free
+from ray.exceptions import OutOfMemoryError
 
 from supmer_ray.data import prepare as module
 from supmer_ray.data.embed import Embedder, Vectors, mean_pooled
@@ -102,6 +104,35 @@ def test_other_workers_and_blocks_make_the_same_store(prepared, files, tmp_path,
     assert again.files == store.manifest.files
     assert again.corpus == store.manifest.corpus
     assert again.families == store.manifest.families
+
+
+def test_an_actor_that_runs_out_of_memory_is_replaced(prepared, files, tmp_path, monkeypatch):
+    """As Ray tells of one that its memory monitor killed, which is no `RayActorError`."""
+    store, config, _ = prepared
+    mark = tmp_path / "killed"
+
+    class Killed(Embedder):
+        def embed(self, stretch):
+            if not mark.exists():
+                mark.touch()
+                raise OutOfMemoryError("killed")
+            return super().embed(stretch)
+
+    monkeypatch.setattr(module, "Embedder", Killed)
+    manifest = prepare(config.model_copy(update={"sources": (str(files),)}), tmp_path / "store")
+    assert mark.exists() and manifest.families == store.manifest.families
+
+
+def test_who_waits_for_a_full_cluster_is_told_that_the_work_stands(ray_cluster, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
+    told = []
+
+    @ray.remote(num_cpus=0)
+    def late():
+        time.sleep(0.5)
+        return "done"
+
+    assert ray.get(module._first([late.remote()], lambda: told.append("stands"))) == "done" and told
 
 
 def test_single_sentences_leave_the_pair_families_empty(prepared, tmp_path, tiny_t5):
