@@ -99,6 +99,36 @@ def test_gaps_by_hand():
     assert gaps(pd.DataFrame(rows({"prompt-tuning": PT})), "prompt-tuning").empty
 
 
+def test_gaps_are_compared_over_the_seeds_that_both_have():
+    outside = {"prompt-tuning": [0.5] * 6, "supmer": [value - 0.01 * seed for seed, value in enumerate(BETTER)]}
+    table = pd.DataFrame(rows({"prompt-tuning": PT, "supmer": BETTER}) + rows(outside, test="b"))
+    without = (table["method"] == "prompt-tuning") & (table["seed"] == 3)
+    found = gaps(table[~without], "prompt-tuning").set_index("method").loc["supmer"]
+    own, other = np.array([0, 1, 2, 4, 5]), 100 * np.delete(PT, 3) - 50
+    assert found["difference"] == pytest.approx(np.mean(other - own))
+    assert found["relative_gap"] == pytest.approx(np.mean(own) / np.mean(other))
+    assert found["p"] == pytest.approx(scipy.stats.ttest_rel(other, own).pvalue)
+
+
+@pytest.mark.parametrize("say", [summarize, gaps])
+def test_each_point_is_summed_up_for_itself(say):
+    def at(point, shift):
+        inside = {"prompt-tuning": PT, "supmer": [value * (1 + shift) for value in PT]}
+        outside = {name: [value - 0.1 - shift for value in PT] for name in inside}
+        return [
+            row
+            for train, test in (("a", "b"), ("b", "a"))
+            for scores, tested in ((inside, train), (outside, test))
+            for row in rows(scores, point=point, train=train, test=tested)
+        ]
+
+    one, other = at("K = 1", 0.01), at("K = 2", 0.05)
+    both = say(pd.DataFrame(one + other), "prompt-tuning")
+    apart = pd.concat([say(pd.DataFrame(own), "prompt-tuning") for own in (one, other)])
+    names = [name for name in ("point", "train", "test", "method") if name in both]
+    pd.testing.assert_frame_equal(both.set_index(names).sort_index(), apart.set_index(names).sort_index())
+
+
 def written(table):
     """The Markdown of the rows' tables."""
     drops = gaps(table, "prompt-tuning")

@@ -57,6 +57,22 @@ def test_every_item_once_and_a_tenth_validates(family):
     assert ((found.starts[1:] - found.train_ends) == sizes // 10).all()
 
 
+def test_items_of_the_whole_text_validate(family):
+    """Within a domain they are shuffled, so that it is not the end of the text alone."""
+    found, _, _ = family
+    for domain in range(5):
+        validation = found.rows(domain, "validation")
+        assert min(validation) < 1000 and max(validation) > 2000
+        assert (np.diff(found.rows(domain, "train")) < 0).any()
+
+
+def test_another_seed_fits_other_centres():
+    points = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    one, again, other = (fitted([points], 5, seed).cluster_centers_ for seed in (7, 7, 8))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other)
+
+
 def test_centroids_are_means_of_the_raw_vectors(family):
     found, vectors, _ = family
     for domain in range(5):

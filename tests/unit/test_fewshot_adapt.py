@@ -155,8 +155,9 @@ def test_together_equals_one_after_the_other(backbone, runs):
         assert [evaluation.step for evaluation in result.evaluations] == [0, 4, 6]
 
 
-def test_a_step_is_adamw_on_the_regularized_gradient_clipped(backbone, runs):
+def test_a_step_is_adamw_on_the_regularized_gradient_clipped(backbone, runs, monkeypatch):
     """Written out, one run after the other; the second one's regularizer is no identity."""
+    monkeypatch.setattr(Evaluation, "beats", lambda self, other: True)  # the last step's prompt is kept
     config = AdaptConfig(shots=4, steps=4, batch=4, rate=0.1, evaluate_every=4, clip=0.05, weight_decay=0.3)
     for run, result in zip(runs[:2], adapt(backbone, runs[:2], config), strict=True):
         theta = torch.nn.Parameter(run.prompt[None].clone())
@@ -170,6 +171,7 @@ def test_a_step_is_adamw_on_the_regularized_gradient_clipped(backbone, runs):
             theta.grad = update * config.clip / update.norm()
             optimizer.step()
         assert result.losses.tolist() == pytest.approx(losses, rel=1e-4)
+        torch.testing.assert_close(result.prompt, theta.detach()[0].float(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_best_step_counts_step_0_and_the_prompt_is_that_steps(backbone, runs):
@@ -215,6 +217,13 @@ def test_every_epoch_uses_every_example_once(runs):
     for epoch in epochs:
         assert sorted(epoch) == list(range(9))
     assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_seeds_have_an_order_and_a_prompt_of_their_own(backbone, runs):
+    one, other, again = (next(training_batches(replace(runs[0], seed=seed), 9)).tolist() for seed in (0, 1, 0))
+    assert one == again != other
+    one, other, again = (vocabulary_prompt(backbone, P, seed) for seed in (0, 1, 0))
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def choices(count: int, seed: int) -> pd.DataFrame:

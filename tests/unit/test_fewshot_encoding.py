@@ -91,10 +91,10 @@ def test_reads_as_the_pattern_says(backbone):
 
 def test_targets_and_answers(backbone):
     rows = pd.DataFrame({"a": ["the film", "rain"], "b": ["a", "b"], "label": ["0", "1"]})
-    split = TaskEncoder(backbone, definition(verbalizers={"1": "great", "0": "terrible rain"}), max_length=50).split(
-        rows
-    )
+    encoder = TaskEncoder(backbone, definition(verbalizers={"1": "great", "0": "terrible rain"}), max_length=50)
+    split = encoder.split(rows)
     great, terrible, rain = (tokens[0] for tokens in backbone.tokenize(["great", "terrible", "rain"]))
+    assert encoder.verbalizer_ids.tolist() == [great, terrible]
     assert split.answers.tolist() == [1, 0]
     assert split.examples.labels.tolist() == [
         [backbone.sentinel, terrible, rain, backbone.closing],
@@ -145,12 +145,6 @@ def test_refuses_words_that_cannot_be_told_apart_or_are_unknown(backbone):
         TaskEncoder(backbone, definition(verbalizers={"1": "great", "0": "☃"}), max_length=50)
     with pytest.raises(UserError, match=r"leaves no room for the text in 7 tokens"):
         TaskEncoder(backbone, definition(), max_length=7)
-
-
-def test_verbalizer_ids_are_what_the_targets_ask_for(backbone):
-    encoder = TaskEncoder(backbone, definition(), max_length=50)
-    rows = pd.DataFrame({"a": ["x", "y"], "b": ["", ""], "label": ["1", "0"]})
-    np.testing.assert_array_equal(encoder.split(rows).examples.labels[:, 1], encoder.verbalizer_ids)
 
 
 def test_a_choice_asked_candidate_by_candidate_is_one_example_each(backbone):

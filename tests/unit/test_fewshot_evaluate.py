@@ -6,18 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import make_tiny_t5
+from tiny import make_tiny_bart, make_tiny_t5
 
 from supmer_ray.config import AdaptConfig, RunConfig
 from supmer_ray.errors import UserError
-from supmer_ray.fewshot import builtin
-from supmer_ray.fewshot.adapt import AdaptRun, adapt, score, vocabulary_prompt
+from supmer_ray.fewshot import builtin, sampling
+from supmer_ray.fewshot.adapt import AdaptRun, Evaluation, adapt, score, vocabulary_prompt
 from supmer_ray.fewshot.definition import TaskDefinition, TaskRows, load_definition, require_same_labels
 from supmer_ray.fewshot.encoding import TaskEncoder
 from supmer_ray.fewshot.evaluate import adapt_task, evaluate_method
 from supmer_ray.fewshot.finetune import finetune
 from supmer_ray.fewshot.method import Method, load_method
-from supmer_ray.fewshot.probe import features
+from supmer_ray.fewshot.probe import features, probe
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import load_curve, load_suite
 from supmer_ray.meta.state import Checkpoint, make_regularizer
@@ -137,16 +137,59 @@ def test_zero_shot_changes_nothing_and_knows_no_seed(backbone, mood, other):
     assert {(one.trained_parameters, one.best_step) for one in found} == {(0, 0)}
 
 
+def test_zero_shot_tells_each_seeds_dev_accuracy(backbone, mood):
+    """It may answer all alike: right for half of the balanced dev split, for all or none of these test rows."""
+    task = TaskRows(mood.definition, mood.frames | {"test": mood.frames["test"].query("label == 'good'")})
+    encoder = TaskEncoder(backbone, task.definition, max_length=100)
+    for seed, one in enumerate(outcomes(backbone, load_method("zero-shot"), task, [task])):
+        dev = encoder.split(draw(task.definition, task.frames, 4, seed).dev)
+        [probabilities] = score(backbone, torch.zeros(1, 0, 32), [dev.examples], [encoder.verbalizer_ids])
+        assert one.dev_accuracy == (probabilities.argmax(axis=1) == dev.answers).mean() != one.test_accuracy
+
+
+def test_of_many_test_rows_the_same_few_are_scored(backbone, mood, tmp_path):
+    config = CONFIG.model_copy(update={"max_test": 7})
+    few = TaskRows(mood.definition, mood.frames | {"test": sampling.test_rows(mood.frames, 7)})
+    reached = {}
+    for name in ("zero-shot", "linear-probe", "prompt-tuning"):
+        found, wanted = (
+            evaluate_method(backbone, load_method(name), task, [task], [0, 1], settings, prompt_length=5)
+            for task, settings in ((mood, config), (few, CONFIG))
+        )
+        reached[name] = [one.test_accuracy for one in found]
+        assert reached[name] == [one.test_accuracy for one in wanted]
+    assert 0 < reached["zero-shot"][0] < 1, "of all 30 rows no such share of 7 can be right"
+    record = adapt_task(backbone, mood, None, 0, config, tmp_path / "out", prompt_length=5)
+    assert 0 < record.test_accuracy < 1 and record.test_accuracy == reached["prompt-tuning"][0]
+
+
+def test_long_rows_are_cut_to_the_positions_of_the_backbone(tmp_path):
+    text = " ".join([*NOUNS, *KINDS[0], *KINDS[1], "it is great terrible ."])
+    bart = load_backbone(str(make_tiny_bart(tmp_path / "bart", [text, text[::-1]] * 20)))
+    long = {split: rows(8, seed).assign(text=" ".join(NOUNS * 10)) for seed, split in enumerate(("train", "test"))}
+    task = TaskRows(definition(), long)
+    config = CONFIG.model_copy(update={"shots": 1, "steps": 1})
+    assert bart.max_positions < config.max_length
+    for name in ("zero-shot", "linear-probe", "prompt-tuning"):
+        [one] = evaluate_method(bart, load_method(name), task, [task], [0], config, prompt_length=5)
+        assert one.test_accuracy == 0.5, "all rows have the same text"
+    assert adapt_task(bart, task, None, 0, config, tmp_path / "out", prompt_length=5).test_accuracy == 0.5
+
+
 def test_full_fine_tuning_tunes_a_copy(backbone, mood):
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     method = load_method("ft").model_copy(update={"adapt": {"rate": 0.003, "steps": 40, "evaluate_every": 40}})
-    found = evaluate_method(backbone, method, mood, [mood], [0, 1], method.adapt_config(CONFIG))
+    drawn = draw(mood.definition, mood.frames, 4, 0)
+    # Tested on what it was trained on, so that it is known what must come out.
+    task = TaskRows(mood.definition, mood.frames | {"test": drawn.train})
+    found = evaluate_method(backbone, method, task, [task], [0, 1], method.adapt_config(CONFIG))
+    assert found[0].best_step == 40 and found[0].test_accuracy == 1
+    assert outcomes(backbone, load_method("zero-shot"), task, [task])[0].test_accuracy < 1
     for name, value in backbone.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not any(weight.requires_grad for weight in backbone.model.parameters())
     assert found[0].trained_parameters == sum(weight.numel() for weight in backbone.model.parameters())
     encoder = TaskEncoder(backbone, mood.definition, max_length=100)
-    drawn = draw(mood.definition, mood.frames, 4, 0)
     train = encoder.split(drawn.train)
     run = AdaptRun(train, train, encoder.verbalizer_ids, 0, torch.zeros(0, 32), IdentityRegularizer())
     tuned, best = finetune(backbone, run, method.adapt_config(CONFIG))
@@ -177,12 +220,44 @@ def test_full_fine_tuning_is_the_same_in_micro_batches_of_any_size(backbone, moo
     assert parted.loss == pytest.approx(whole.loss, rel=2e-3)
 
 
+def test_full_fine_tuning_decays_every_weight(backbone, mood, monkeypatch):
+    monkeypatch.setattr(Evaluation, "beats", lambda self, other: True)  # the last step's weights are kept
+    encoder = TaskEncoder(backbone, mood.definition, max_length=100)
+    split = encoder.split(rows(8, 0))
+    run = AdaptRun(split, split, encoder.verbalizer_ids, 0, torch.zeros(0, 32), IdentityRegularizer())
+    plain, decayed = (
+        dict(finetune(backbone, run, AdaptConfig(steps=1, rate=0.01, weight_decay=decay))[0].model.named_parameters())
+        for decay in (0, 0.5)
+    )
+    for name, before in backbone.model.named_parameters():
+        torch.testing.assert_close(plain[name] - decayed[name], 0.01 * 0.5 * before, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_a_probe_draws_a_line_between_the_words(backbone, mood):
     many = TaskRows(mood.definition, {"train": rows(200, 4), "test": rows(100, 5)})
     config = AdaptConfig(shots=50)
     found = evaluate_method(backbone, load_method("linear-probe"), many, [many], [0, 1], config)
     assert min(one.test_accuracy for one in found) > 0.8
     assert found[0].trained_parameters == 32 + 1
+
+
+def test_a_probe_is_chosen_on_the_dev_split(backbone, mood):
+    task, found = mood.definition, outcomes(backbone, load_method("linear-probe"), mood, [mood])
+    for seed in (0, 1):
+        drawn, given = draw(task, mood.frames, 4, seed), []
+        for frame in (drawn.train, drawn.dev):
+            states = features(backbone, task, frame, max_length=CONFIG.max_length)
+            given += [states, frame["label"].map(task.labels.index).to_numpy()]
+        assert found[seed].dev_accuracy == probe(*given)[1].accuracy
+
+
+def test_the_dev_split_chooses_how_strictly_a_probe_is_kept_small():
+    """The least where it agrees with the training rows, the most where it says the opposite."""
+    states, answers = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
+    states[:, 0] += 6 * answers
+    for dev_answers, strength in ((answers, 10.0), (1 - answers, 0.001)):
+        classifier, _ = probe(states, answers, states, dev_answers)
+        assert classifier.get_params()["logisticregression__C"] == strength
 
 
 def test_several_fields_are_compared_with_the_first(backbone):
@@ -192,6 +267,7 @@ def test_several_fields_are_compared_with_the_first(backbone):
     assert states.shape == (2, 4 * 32)
     np.testing.assert_allclose(states[0, 64:96], 0, atol=1e-6)
     assert (states[1, 64:96] > 0).any()
+    np.testing.assert_allclose(states[:, 96:], states[:, :32] * states[:, 32:64])
 
 
 def test_other_labels_are_refused(backbone, mood):

@@ -1,5 +1,6 @@
 """The K-shot draw: K and K of each class, apart, the same again."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,23 @@ def test_seeds_draw_differently_but_are_tested_on_the_same_rows():
     assert len(tested) == 10 and set(tested["text"]) < set(rows["test"]["text"])
     for most in (None, 100, 1000):
         pd.testing.assert_frame_equal(sampling.test_rows(rows, most), rows["test"])
+
+
+def test_a_draw_is_no_stretch_of_the_file():
+    task, rows = definition(["a", "b"]), frames({"a": 50, "b": 50})
+    own = rows["train"].query("label == 'a'")["text"].tolist()
+    for seed in range(4):
+        drawn = draw(task, rows, 8, seed)
+        for split in (drawn.train, drawn.dev):
+            places = sorted(own.index(text) for text in split.query("label == 'a'")["text"])
+            assert (np.diff(places) > 1).sum() > 2
+
+
+def test_few_test_rows_are_a_sample_in_their_order():
+    tested = sampling.test_rows(frames({"a": 4, "b": 4}, test=100), 10)["text"]
+    places = [int(text.removeprefix("test ")) for text in tested]
+    assert places == sorted(places) and len(set(places)) == 10
+    assert places[-1] >= 50, "not the first ones: a file may be sorted by label"
 
 
 def test_too_few_rows_name_class_count_and_need():

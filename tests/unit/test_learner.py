@@ -23,10 +23,14 @@ def backbone(tmp_path_factory):
     return load_backbone(str(make_tiny_t5(tmp_path_factory.mktemp("t5"), ["a day of rain and of light"] * 9)))
 
 
+def learner_of(backbone, **place):
+    config = load_run_config(None, SETTINGS)
+    return Learner(config, backbone, MetaState.fresh(config, backbone), **place)
+
+
 @pytest.fixture
 def learner(backbone):
-    config = load_run_config(None, SETTINGS)
-    return Learner(config, backbone, MetaState.fresh(config, backbone))
+    return learner_of(backbone)
 
 
 def batch_of(seed, vector=None, tasks=2):
@@ -53,6 +57,14 @@ def test_the_curriculum_follows_the_similarity_of_the_steps(learner):
         before = row["similarity"] if before is None else (before + row["similarity"]) / 2
         assert row["running_similarity"] == pytest.approx(before)
     assert row["mixing"] < 1
+
+
+def test_another_worker_mixes_its_own_tasks(backbone):
+    learner = learner_of(backbone, rank=1, workers=2)
+    learner.state.progress.similarity, learner.state.progress.step = 0.8, 3
+    row = learner.train_step(batch_of(0, tasks=1))
+    config = learner.config
+    assert row["mixing"] == pytest.approx(draw_mixing(config.meta.curriculum, 0.8, config.seed, 3 * 2 + 1))
 
 
 def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_a_good_one_lets_the_next_pass(learner):
@@ -90,3 +102,14 @@ def test_validation_adapts_at_the_rate_of_the_start(learner):
     assert found["nsp"]["accuracy"] == pytest.approx(float(right.mean()))
     unadapted, _ = learner.step.losses(learner.state.prompt, torch.tensor([0.0]), batch)
     assert found["nsp"]["loss"] != pytest.approx(float(unadapted.mean()))
+
+
+def test_workers_share_the_validation_tasks(backbone):
+    asked = []
+    for rank in (0, 1):
+        own = []
+        builder = SimpleNamespace(validation_task=lambda *task, own=own: own.append(task) or batch_of(0, tasks=1))
+        learner_of(backbone, rank=rank, workers=2).validate(builder, ["nsp", "nss"])
+        asked.append(own)
+    assert not set(asked[0]) & set(asked[1])
+    assert sorted(asked[0] + asked[1]) == [(name, index) for name in ("nsp", "nss") for index in range(4)]

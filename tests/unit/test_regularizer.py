@@ -1,6 +1,5 @@
 """ψ keeps row norms, its gate lies between the raw and the transformed gradient, and a fresh one does little harm."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,7 +69,6 @@ def test_identity():
     gradient = torch.randn(2, 3, 4)
     update, gate = IdentityRegularizer()(gradient, torch.randn(2, 4))
     assert update is gradient and gate.tolist() == [1, 1]
-    assert pytest.approx(0) == sum(p.numel() for p in IdentityRegularizer().parameters())
 
 
 def test_without_a_gate_nothing_of_the_raw_gradient_is_kept():

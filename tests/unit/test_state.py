@@ -197,6 +197,7 @@ def test_curriculum():
     middle = [draw_mixing(config, 0.5, 0, index) for index in range(500)]
     assert sum(late) < sum(middle) < 500, "the more alike the gradients, the more is mixed"
     assert draw_mixing(config, 0.7, 3, 5) == draw_mixing(config, 0.7, 3, 5)
+    assert len({draw_mixing(config, 0.7, seed, index) for seed in (3, 4) for index in (5, 6)}) == 4
     off = load_run_config(None, ["meta.curriculum.enabled=false"]).meta.curriculum
     assert draw_mixing(off, 1.0, 0, 0) == 1.0
     plain = load_run_config(None, ["meta.curriculum.b=1.0000001"]).meta.curriculum

@@ -1,7 +1,7 @@
 """The task types and their formats: what an example holds, and that a task depends on its index alone."""
 
 from dataclasses import replace
-from itertools import groupby
+from itertools import combinations, groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +35,7 @@ from supmer_ray.model.prompted import micro_batches
 from supmer_ray.tasks.batch import Examples, TaskBatch
 from supmer_ray.tasks.builder import TaskBuilder, task_type_of_step
 from supmer_ray.tasks.collate import collate
-from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten
+from supmer_ray.tasks.formats import LETTERS, PAIR_ANSWERS, Formats, shorten, shortened
 from supmer_ray.tasks.types import ANSWERS, FAMILY, TaskDraw, balanced, domain_similarity, require_domains
 
 PREFIX, SUFFIX, SENTINEL, CLOSING = 1, 2, 3, 4
@@ -95,6 +95,10 @@ def make_builder(store, seed=0, **tasks):
     return TaskBuilder(store, make_formats(), TasksConfig(**{"support": 12, "query": 12, **tasks}), seed)
 
 
+def draw_of(store, name, seed=0):
+    return TaskDraw(store, make_formats(), name, "train", np.random.default_rng(seed))
+
+
 def rows_in(ids):
     """The sentence row of each text of an input, in order."""
     return [int(token) - FIRST_ROW for token, _ in groupby(ids) if token >= FIRST_ROW]
@@ -132,8 +136,47 @@ def test_neighbouring_sentence_selection(store, index):
         assert documents == {True, False}, "distractors come from the same and from other documents"
 
 
+def test_the_distractor_of_the_same_document_stands_at_any_letter(store):
+    builder, places = make_builder(store, mixture={"nss": 1}), set()
+    for index in range(12):
+        examples = builder.task(index).query
+        for ids, answer in zip(inputs_of(examples), answers_of(examples), strict=True):
+            _, anchor, *candidates = rows_in(ids)
+            del candidates[LETTERS.index(answer)]
+            places.add(tuple(store.document(row) == store.document(anchor) for row in candidates))
+    assert places == {(True, False, False), (False, True, False), (False, False, True)}
+
+
+def test_a_foreign_sentence_is_any_of_another_document(store):
+    row = next(row for row in range(len(store)) if len(store.document_rows(row)) > 3)
+    draw = draw_of(store, "nsp")
+    drawn = {draw._foreign(row) for _ in range(20 * len(store))}
+    assert drawn == set(range(len(store))) - set(store.document_rows(row))
+
+
+def test_a_sentence_of_the_same_document_is_any_outside_the_stretch(store):
+    row = next(row for row in range(len(store)) if len(own := store.document_rows(row)) > 6 and row == own.start + 3)
+    draw = draw_of(store, "nsp")
+    drawn = {draw._same_document(row, row - 1, row + 1) for _ in range(200)}
+    assert drawn == set(store.document_rows(row)) - {row - 1, row, row + 1}
+
+
 def domain_of(row):
     return row % DOMAINS
+
+
+def test_every_domain_is_drawn_for_a_task_and_for_its_partner(store):
+    draw = draw_of(store, "scsp")
+    own, partner = zip(*([int(domain) for (domain,) in draw.domains()] for _ in range(200)), strict=True)
+    assert set(own) == set(partner) == set(range(DOMAINS))
+    assert all(one != other for one, other in zip(own, partner, strict=True))
+
+
+def test_an_item_of_another_domain_is_any_of_them(store):
+    draw = draw_of(store, "scss")
+    others = draw._others(np.array([4]))
+    drawn = {draw._other(others) for _ in range(15_000)}
+    assert drawn == {int(row) for domain in range(DOMAINS) if domain != 4 for row in draw.family.rows(domain, "train")}
 
 
 @pytest.fixture(params=[2, 3, None], ids=["2 items a domain", "3 items a domain", "all items"])
@@ -173,6 +216,13 @@ def test_same_cluster_sentence_selection(small_store, index):
             assert len(set(candidates)) == len(LETTERS), "no candidate stands twice"
 
 
+def test_distractors_of_other_domains_are_drawn_one_by_one(store):
+    """Three times one of eight domains: 2.6 different ones on average."""
+    examples = make_builder(store, mixture={"scss": 1}, query=40).task(0).query
+    several = [len({domain_of(row) for row in rows_in(ids)}) - 1 for ids in inputs_of(examples)]
+    assert 2.3 < np.mean(several) < 2.9
+
+
 @pytest.mark.parametrize("index", range(6))
 def test_sentence_cluster_classification_inserts_centroids(store, index):
     task = make_builder(store).validation_task("scc", index)
@@ -198,6 +248,18 @@ def test_sentence_cluster_keyword_asks_for_a_word_of_the_domain(store, index):
     assert {bool(50 in ids) for ids in inputs_of(task.support)} != {True, False}, "one pattern a task"
 
 
+def test_every_pattern_asks_for_keywords(store):
+    builder = make_builder(store, mixture={"sck": 1})
+    assert {50 in inputs_of(builder.task(index).support)[0] for index in range(12)} == {True, False}
+
+
+def test_no_two_domains_are_asked_for_one_keyword(store, monkeypatch):
+    alike = np.tile(np.array([7, 8, 9, 6], np.int32), (DOMAINS, 1))
+    monkeypatch.setitem(store._families, "ss", replace(store.family("ss"), keywords=alike))
+    for seed in range(5):
+        assert sorted(draw_of(store, "sck", seed)._keywords(np.arange(4))) == [6, 7, 8, 9]
+
+
 @pytest.mark.parametrize("name", PAPER_TASK_TYPES)
 def test_sets_are_balanced_and_of_the_asked_size(store, name):
     task = make_builder(store, support=10, query=14).validation_task(name, 0)
@@ -221,6 +283,26 @@ def test_a_task_is_a_function_of_its_index(store):
     halves = TaskBatch.concat([first.shard(2, rank, 2) for rank in (0, 1)])
     same(one, halves)
     assert one.names == halves.names and len(set(one.names)) == 1
+
+
+def test_other_seeds_have_other_types_and_validation_tasks(store):
+    mixture = dict.fromkeys(TASK_TYPES, 1.0)
+    types = [[task_type_of_step(mixture, seed, step) for step in range(20)] for seed in (0, 1)]
+    assert types[0] != types[1]
+    tasks = [make_builder(store, seed=seed).validation_task("nsp", index) for seed, index in ((0, 0), (0, 1), (1, 0))]
+    for one, other in combinations(tasks, 2):
+        assert not np.array_equal(one.support.tokens, other.support.tokens)
+
+
+@pytest.mark.parametrize("name", ["nsp", "scc"])
+def test_a_task_says_how_alike_its_domains_and_its_partners_are(store, monkeypatch, name):
+    drawn, domains = [], TaskDraw.domains
+    monkeypatch.setattr(TaskDraw, "domains", lambda draw: drawn.append(domains(draw)) or drawn[-1])
+    task = make_builder(store).validation_task(name, 0)
+    [(own, partner)] = drawn
+    centroids = store.family(FAMILY[name]).centroids
+    assert task.domain_similarity[0] == pytest.approx(domain_similarity(centroids[own], centroids[partner]))
+    assert task.domain_similarity[0] < 0.99
 
 
 @pytest.mark.parametrize("name", TASK_TYPES)
@@ -302,16 +384,15 @@ def test_too_few_domains_are_refused(store):
         require_domains(outline(documents=1), TASK_TYPES)
 
 
-ids_lists = st.lists(st.lists(st.integers(50, 60), min_size=1, max_size=120), min_size=2, max_size=5)
-
-
-@given(ids_lists, st.integers(5, 200))
-def test_shorten_keeps_to_the_budget_and_to_the_beginnings(parts, budget):
-    cut = shorten(parts, budget)
-    assert sum(map(len, cut)) <= budget
-    assert all(part[: len(short)] == short and short for part, short in zip(parts, cut, strict=True))
-    if sum(map(len, parts)) <= budget:
-        assert cut == parts
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=6), st.integers(0, 400))
+def test_texts_are_shortened_in_proportion_and_none_is_lost(lengths, room):
+    kept, total = shortened(lengths, room), sum(lengths)
+    assert sum(kept) == min(room, total)
+    for keep, length in zip(kept, lengths, strict=True):
+        assert 0 <= keep <= length
+        assert abs(keep - length * min(1, room / max(1, total))) < len(lengths)
+        assert keep or not length or room < np.count_nonzero(lengths)
+    assert shorten([range(length) for length in lengths], room) == [list(range(keep)) for keep in kept]
 
 
 @given(st.lists(st.lists(st.integers(50, 60), min_size=1, max_size=150), min_size=5, max_size=5), st.integers(32, 120))
@@ -363,6 +444,13 @@ def test_a_choice_that_leaves_no_room_for_text_is_refused(tmp_path):
 def test_balanced(seed, classes, count):
     counts = np.bincount(balanced(np.random.default_rng(seed), classes, count), minlength=classes)
     assert counts.sum() == count and counts.max() - counts.min() <= 1
+
+
+def test_what_is_left_over_falls_to_any_class_and_the_order_is_random():
+    most = [np.bincount(balanced(np.random.default_rng(seed), 3, 4)).argmax() for seed in range(50)]
+    assert set(most) == {0, 1, 2}
+    firsts = {tuple(balanced(np.random.default_rng(seed), 2, 4)[:2].tolist()) for seed in range(50)}
+    assert firsts == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 lengths_arrays = st.lists(st.integers(1, 400), min_size=1, max_size=60).map(np.array)
