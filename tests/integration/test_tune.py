@@ -156,8 +156,8 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tiny_store, tmp_p
 @pytest.mark.slow
 def test_dev_accuracy_of_a_few_shot_task(tiny_store, tmp_path):
     """The objective is the mean dev accuracy of the seeds' runs; whatever the test split holds, nothing changes."""
-    for split, ends in (("train", 40), ("test", 4)):
-        rows = [f"{'a fine film' if i % 2 else 'a bad film'} {i},{('bad', 'good')[i % 2]}" for i in range(ends)]
+    for split, numbers in (("train", range(40)), ("test", range(40, 44))):
+        rows = [f"{'a fine film' if i % 2 else 'a bad film'} {i},{('bad', 'good')[i % 2]}" for i in numbers]
         (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     task = {
         "name": "films",
