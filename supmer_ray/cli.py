@@ -27,7 +27,8 @@ from supmer_ray.config import (
     whole_name,
 )
 from supmer_ray.errors import Stopped, UserError, first_line, is_disk_full, require_new_folder
-from supmer_ray.files import Place, read_sealed, require_new_place, require_outside, without_keys
+from supmer_ray.files import Place, require_new_place, require_outside, without_keys
+from supmer_ray.meta.run import describe_checkpoint
 from supmer_ray.reading import build, override
 
 app = typer.Typer(
@@ -208,7 +209,7 @@ def adapt(
     if backbone:
         name = whole_name(backbone)
     elif checkpoint:
-        name = read_sealed(checkpoint, "a checkpoint")["backbone"]["name"]
+        name = describe_checkpoint(checkpoint).backbone
     if name == "embedded" and not plain:
         checkpoint = checkpoint or str(embedded.LEARNED)
     if checkpoint and prompt_length is not None:

@@ -45,6 +45,9 @@ MicroBatchTokens = Annotated[
     ),
 ]
 
+HIGHEST_RATE = 1e6
+"""Of any learning rate: far more than is of use, and far less than float32 holds."""
+
 VOCABULARY_ROWS = 5000
 """A prompt starts from random rows of the embedding table with ids below this, unless another limit is given."""
 
@@ -130,17 +133,19 @@ class MetaConfig(Section):
         "vocabulary", description="answers: a task's answers are told from each other, not from all words"
     )
     order: Literal["first", "second"] = Field("first", description="second: differentiate through the inner gradient")
-    prompt_rate: float = Field(0.1, gt=0, description="outer Adam rate of θ")
-    regularizer_rate: float = Field(1e-4, gt=0, description="outer Adam rate of φ")
-    inner_rate_rate: float = Field(1e-2, gt=0, description="outer Adam rate of log α when inner rates are learned")
+    prompt_rate: float = Field(0.1, gt=0, le=HIGHEST_RATE, description="outer Adam rate of θ")
+    regularizer_rate: float = Field(1e-4, gt=0, le=HIGHEST_RATE, description="outer Adam rate of φ")
+    inner_rate_rate: float = Field(
+        1e-2, gt=0, le=HIGHEST_RATE, description="outer Adam rate of log α when inner rates are learned"
+    )
     clip: float = Field(1.0, gt=0, description="gradient norm to which θ and φ are clipped, each for itself")
     curriculum: CurriculumConfig = CurriculumConfig()
 
     @model_validator(mode="after")
     def _rates_fit_steps(self) -> MetaConfig:
         rates = self.inner_rate if isinstance(self.inner_rate, tuple) else (self.inner_rate,)
-        if any(rate is not None and rate <= 0 for rate in rates):
-            raise ValueError(f"inner_rate {self.inner_rate} must be positive")
+        if any(rate is not None and not 0 < rate <= HIGHEST_RATE for rate in rates):
+            raise ValueError(f"inner_rate {self.inner_rate} must be positive, and {HIGHEST_RATE:,.0f} at most")
         # Without inner steps no rate is used, and PPT stays a setting of a file that lists some.
         if isinstance(self.inner_rate, tuple) and self.inner_steps and len(self.inner_rate) != self.inner_steps:
             raise ValueError(
@@ -304,7 +309,7 @@ class AdaptConfig(Section):
     shots: int = Field(16, ge=1, description="K, training examples a class; the dev split has as many")
     steps: int = Field(200, ge=1, description="steps of AdamW at most; the dev split chooses among them")
     batch: int = Field(16, ge=1, description="labelled examples a step")
-    rate: float = Field(0.1, gt=0, description="AdamW rate of the prompt")
+    rate: float = Field(0.1, gt=0, le=HIGHEST_RATE, description="AdamW rate of the prompt")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     clip: float = Field(1.0, gt=0, description="gradient norm to which each prompt is clipped")
     loss: Loss = Field("vocabulary", description="answers: the labels' words are told from each other only")
@@ -490,7 +495,10 @@ class PrepareConfig(Section):
     backbone: BackboneName = Field("embedded", description="whose tokenizer cuts and whose encoder embeds the text")
     domains: int = Field(250, ge=2, description="clusters of each data family")
     max_documents: int | None = Field(
-        None, ge=1, description="documents read of each source at most: its first, and of the catalog a sample"
+        None,
+        ge=1,
+        le=10**12,  # Python counts no further than 2^63 of anything
+        description="documents read of each source at most: its first, and of the catalog a sample",
     )
     sentence_length: int = Field(128, ge=8, description="tokens kept of a sentence")
     kmeans_sample: int = Field(200_000, ge=100, description="items that k-means is fitted on; all are assigned")

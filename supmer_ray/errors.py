@@ -15,6 +15,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from textwrap import shorten
 
+LONGEST_NAME = 220
+"""Bytes in the name of an output: file systems take 255, and what is written beside it until it is whole needs more."""
+
 
 class UserError(Exception):
     """Input that cannot be used. The message is one sentence for the person who wrote the input."""
@@ -50,13 +53,27 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def require_name(path: str) -> None:
+    """Refuse a path that no file has, or that no record could repeat.
+
+    Raises:
+        UserError: it holds a NUL, or bytes that are not UTF-8.
+    """
+    if "\0" in path:
+        raise UserError(f"The path {path!r} holds a NUL, which no file's name may; write it without.")
+    # What is not UTF-8 comes from the system as halves of surrogate pairs.
+    if (shown := path.encode("utf-8", "backslashreplace").decode()) != path:
+        raise UserError(f"The path {shown} is not UTF-8; give it another name.")
+
+
 def require_path(folder: Path) -> None:
     """Refuse what would be a folder named "s3:" or "~": the URI of an object store where only a path will do, and a
     home that the shell has left as it was written.
 
     Raises:
-        UserError: a part of the path is a URI's scheme, or "~", or it begins so.
+        UserError: a part of the path is a URI's scheme, or "~", or it begins so; or it is no name (`require_name`).
     """
+    require_name(str(folder))
     if "~" in folder.parts or str(folder).startswith("~"):
         raise UserError(
             f"{folder} holds a ~, which a shell reads at the start of a word only; write the path without it."
@@ -73,7 +90,14 @@ def require_writable(output: Path) -> None:
     Raises:
         UserError: a file or a folder of this name cannot be made.
     """
-    whole = output.absolute()
+    whole = Path(os.path.realpath(output))
+    if len(os.fsencode(whole.name)) > LONGEST_NAME:
+        raise UserError(f"Cannot write into {output}: its name is longer than {LONGEST_NAME} bytes; name another.")
+    try:
+        output.stat()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise UserError(f"Cannot write into {output} ({error.strerror}); name another.") from None
     where = next(place for place in (whole, *whole.parents) if os.path.exists(place))
     enough = os.W_OK
     if where.is_dir():

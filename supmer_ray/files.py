@@ -22,10 +22,12 @@ from supmer_ray.errors import (
     UserError,
     first_line,
     require_free,
+    require_name,
     require_new_folder,
     require_one_way,
     require_path,
 )
+from supmer_ray.reading import parse_record
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
@@ -38,13 +40,18 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _led_to(path: Path) -> Path:
+    """What a link leads to: that is replaced, on its own disk."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A scratch sibling of `folder` to write into; it replaces `folder` when the block ends well.
 
     After an exception nothing of it is left and `folder` is as it was.
     """
-    folder = folder.resolve()  # what a link leads to is replaced, on its own disk
+    folder = _led_to(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     scratch.mkdir()
@@ -68,6 +75,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """A scratch sibling of `file` to write; it replaces `file` when the block ends well."""
+    file = _led_to(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.partial-{uuid.uuid4().hex[:8]}{file.suffix}")
     try:
@@ -194,7 +202,7 @@ class Place:
         where: the absolute path, or the URI with its keys and options.
 
     Raises:
-        UserError: the URI is a scheme alone.
+        UserError: the URI is a scheme alone, or it is no name that a file may have.
     """
 
     where: str
@@ -204,6 +212,7 @@ class Place:
         if self.remote and not address.partition("://")[2].strip("/"):
             raise UserError(f"The address {address} names no folder; write one behind it, as in s3://bucket/folder.")
         where = address.rstrip("/") + mark + query if self.remote else str(Path(self.where).absolute())
+        require_name(where)
         object.__setattr__(self, "where", where)
 
     @staticmethod
@@ -259,7 +268,7 @@ class Place:
     @property
     def resolved(self) -> Place:
         """The same place, links followed where it is a path."""
-        return self if self.remote else Place(str(self.local.resolve()))
+        return self if self.remote else Place(os.path.realpath(self.where))
 
     def lies_within(self, other: Place) -> bool:
         """Whether this is the other place or lies in it, links followed."""
@@ -431,10 +440,10 @@ def read_sealed(where: Where, what: str) -> dict[str, Any]:
         if content is None:
             raise UserError(f"{place} is not {what}: it holds no {SEAL}.")
         try:
-            description = json.loads(content)
+            description = parse_record(content)
         except ValueError:
             raise UserError(f"{place / SEAL} is damaged; use another copy of it.") from None
-        checksums = description.get("checksums") if isinstance(description, dict) else None
+        checksums = description.get("checksums")
         if not isinstance(checksums, dict):
             raise UserError(f"{place} is not {what}: its {SEAL} has no checksums.")
         for member, digest in checksums.items():

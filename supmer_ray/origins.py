@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from supmer_ray.cluster import connect
 from supmer_ray.config import RunConfig
-from supmer_ray.data.sources import open_source
+from supmer_ray.data.sources import open_source, require_apart, require_disjoint
 from supmer_ray.data.store import MANIFEST, Outline
 from supmer_ray.errors import Stopped, UserError
 from supmer_ray.fewshot.method import Method
@@ -43,16 +44,21 @@ def require_sources(plan: Plan, out: Path, *, anew: bool) -> None:
     """Refuse now the text of which a store could not be made later.
 
     Raises:
-        UserError: a source is not there or cannot be read.
+        UserError: a source is not there, cannot be read, is named twice or holds `out`.
     """
     trained = any(method.meta is not None and method.name not in plan.given for method in plan.methods)
     made = [
-        point.config.prepare
+        point.config.prepare.sources
         for point in plan.points()
-        if trained and not plan.store and (anew or not (_store_folder(out, point) / MANIFEST).is_file())
+        if trained
+        and point.config.prepare
+        and not plan.store
+        and (anew or not (_store_folder(out, point) / MANIFEST).is_file())
     ]
-    for name in {name for prepare in made if prepare for name in prepare.sources}:
-        open_source(name)
+    require_apart(Place.of(out), chain(*made))
+    opened = {name: open_source(name) for name in {*chain(*made)}}
+    for sources in made:
+        require_disjoint(opened[name] for name in sources)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""YAML, `--set`, and what they make of a schema.
+"""YAML, `--set`, JSON, and what they make of a schema.
 
 A file or "dotted.key=value" goes in, plain values come out (`read_yaml`, `override`); values and a schema go in, a
 checked object comes out (`build`). A mistake is one sentence: the key's full path, where it was written, and what to
@@ -7,6 +7,7 @@ write instead.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+DEEPEST = 50
+"""Levels of lists and sections within each other: no schema has nearly as many."""
 
 
 class Section(BaseModel):
@@ -42,8 +46,8 @@ class Section(BaseModel):
         return values
 
 
-def build(schema: type[Schema], values: Mapping[str, Any], where: str) -> Schema:
-    """Check `values` against `schema`.
+def build(schema: type[Schema], values: object, where: str) -> Schema:
+    """Check `values`, which should be a mapping, against `schema`.
 
     Args:
         where: what the user would open to mend a mistake: a file, or "the command line".
@@ -52,7 +56,7 @@ def build(schema: type[Schema], values: Mapping[str, Any], where: str) -> Schema
         UserError: an unknown key, an impossible value or a contradiction, with the key's full path.
     """
     try:
-        return schema.model_validate(dict(values))
+        return schema.model_validate(dict(values) if isinstance(values, Mapping) else values)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
@@ -73,7 +77,7 @@ def build(schema: type[Schema], values: Mapping[str, Any], where: str) -> Schema
         raise UserError(sentence if sentence.endswith((".", "?")) else f"{sentence}.") from None
 
 
-def completed(schema: type[BaseModel], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def completed(schema: type[BaseModel], values: object, where: str) -> dict[str, Any]:
     """A configuration that was written down once, with the keys that the schema has had since at their defaults.
 
     Raises:
@@ -100,6 +104,8 @@ def plainly(error: ErrorDetails) -> str:
             return f"write at most {bounds['max_length']}"
         case "string_too_short":
             return "write a text"
+        case "invalid-json-value":
+            return "write a number, a text, a list or a section, and a date in quotes"
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
 
 
@@ -193,7 +199,45 @@ _Yaml.add_implicit_resolver(
 
 
 def _parsed(text: str) -> Any:
-    return yaml.load(text, _Yaml)
+    try:
+        values = yaml.load(text, _Yaml)
+    except RecursionError:
+        deep = True
+    else:
+        deep = not _within(values, DEEPEST)
+    if deep:
+        raise UserError(f"something holds itself, or is nested deeper than {DEEPEST} levels; write it flatter.")
+    return values
+
+
+def _within(value: object, levels: int) -> bool:
+    """Whether lists and mappings are nested no deeper than so; one that holds itself has no end."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(_within(part, levels - 1) for part in parts)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_record(text: str | bytes) -> dict[str, Any]:
+    """What the JSON object says that one of our files is.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than any that we write.
+    """
+    values = parse_json(text)
+    if not isinstance(values, dict) or not _within(values, DEEPEST):
+        raise ValueError("it is no object of ours")
+    return values
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from supmer_ray.files import Place, Where, held, read_sealed, require_new_place,
 from supmer_ray.meta.record import METRICS_FILE, MetricsLog
 from supmer_ray.meta.run import CONFIG_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
 from supmer_ray.monitoring.loggers import require_loggers
-from supmer_ray.reading import completed
+from supmer_ray.reading import completed, parse_record
 from supmer_ray.tasks.types import require_domains
 
 CHECKPOINT = "checkpoint"
@@ -292,11 +292,12 @@ def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) 
     if text is None:
         raise UserError(f"{out} holds no run to resume ({CONFIG_FILE} is missing); start without --resume.")
     try:
-        started = json.loads(text)
-    except json.JSONDecodeError:
+        started = parse_record(text)
+        settings, started_on = started["config"], started["store"]
+    except (ValueError, KeyError):
         raise UserError(f"{out}/{CONFIG_FILE} is damaged; start the run anew with --overwrite.") from None
     now = config.model_dump(mode="json")
-    before = completed(RunConfig, started["config"], f"{out}/{CONFIG_FILE}")
+    before = completed(RunConfig, settings, f"{out}/{CONFIG_FILE}")
     for section, values in before.items():
         if section not in ("workers", "schedule", "monitoring") and now[section] != values:
             raise UserError(
@@ -309,8 +310,8 @@ def _require_same_run(out: Place, config: RunConfig, store: Place, digest: str) 
             f"The run in {out} was started with schedule.validation_tasks: {tasks}, and its validation losses are "
             "compared with each other; resume with as many."
         )
-    if started["store"] != str(store):
-        raise UserError(f"The run in {out} was started on the store {started['store']}; resume with that one.")
+    if started_on != str(store):
+        raise UserError(f"The run in {out} was started on the store {started_on}; resume with that one.")
     # Runs of earlier versions have no digest.
     if started.get("store_digest", digest) != digest:
         raise UserError(f"The store {store} was made anew since the run in {out} was started; start a new run.")

@@ -29,7 +29,7 @@ from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, first_line, require_new_folder
 from supmer_ray.files import Place, Where, held, require_outside, whole_file, write_json
 from supmer_ray.monitoring.loggers import require_loggers
-from supmer_ray.reading import completed
+from supmer_ray.reading import completed, parse_record
 from supmer_ray.sweep.space import Within, columns_of, run_config, settings_of, space
 from supmer_ray.sweep.trial import Trial, make_objective, validation_types
 from supmer_ray.sweep.watch import Listener, Progress, Watch, sigterm_as_sigint, watching
@@ -343,7 +343,7 @@ def _require_same_sweep(out: Path, settings: Mapping[str, Any]) -> dict[str, Any
     """
     file = out / SWEEP_FILE
     try:
-        started: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        started = parse_record(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{out} holds no sweep to resume ({SWEEP_FILE} is missing); start without --resume.") from None
     except (OSError, ValueError):

@@ -32,7 +32,7 @@ from supmer_ray.data.domains import Assigned, assigned, empty_family, fitted, sa
 from supmer_ray.data.embed import IN_HAND, STRETCH, Embedder, Stretch, Vectors, stretch_rows
 from supmer_ray.data.keywords import keywords
 from supmer_ray.data.sentences import cut, tokenizer_of
-from supmer_ray.data.sources import Piece, Source, open_source, place_of
+from supmer_ray.data.sources import Piece, Source, open_source, place_of, require_apart, require_disjoint
 from supmer_ray.data.store import (
     FAMILIES,
     MANIFEST,
@@ -105,13 +105,15 @@ def prepare(
     Raises:
         UserError: something to be mended in the configuration or the text. Nothing is left at `out` then.
     """
-    place = Place.of(out)
+    place = Place.of(out).resolved
     require_new_place(place, overwrite=overwrite, marker=MANIFEST)
     tell = progress or (lambda stage, done, total, unit: None)
     if overwrite:
         backbone_there = [Place.of(config.backbone)] if isdir(config.backbone) else []
         require_outside(place, {"source": filter(None, map(place_of, config.sources)), "backbone": backbone_there})
+    require_apart(place, config.sources)
     sources = [open_source(name) for name in config.sources]
+    require_disjoint(sources)
     _embedding_workers(config.embedders, connect())
     described = _describe.remote(config.backbone)
     stage = "Reading the vocabulary, as soon as the cluster has a free CPU"

@@ -20,7 +20,6 @@ changes. Files are read through pyarrow's filesystems, as Ray Data reads them, s
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSy
 from supmer_ray.data.catalog import CATALOG_SOURCES, unlabelled
 from supmer_ray.errors import UserError, first_line, nearest
 from supmer_ray.files import Place, remote_filesystem, without_keys
+from supmer_ray.reading import parse_json
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 TEXT_FILES_A_PIECE = 256
@@ -47,8 +47,16 @@ LINES_PIECE_BYTES = 64 * 2**20
 """JSON lines are cut into pieces of this size, so that one large file keeps many workers busy."""
 
 
+TextName = tuple[str, ...]
+"""A file by its real path and its column, a data set of the hub, or a source of the catalog."""
+
+
 class Piece(Protocol):
     """A part of a source that one worker reads; it travels, so it holds names and no open files."""
+
+    def names(self) -> Iterable[TextName]:
+        """What it reads; where two sources' pieces have a name in common, they read the same texts."""
+        ...
 
     def texts(self) -> Iterator[str]:
         """The documents, in order. Raises UserError where the data is not as described."""
@@ -75,18 +83,50 @@ def open_source(name: str) -> Source:
     return source
 
 
+def require_disjoint(sources: Iterable[Source]) -> None:
+    """Refuse two spellings of one text: its documents would stand among the train items and among those of validation.
+
+    Raises:
+        UserError: two of the sources read the same file, data set or source of the catalog.
+    """
+    first: dict[TextName, Source] = {}
+    for source in sources:
+        for piece in source.pieces:
+            for name in piece.names():
+                if (other := first.setdefault(name, source)) is not source:
+                    names = " and ".join(f"'{without_keys(one.name)}'" for one in (other, source))
+                    raise UserError(f"The sources {names} both hold the text of {name[0]}; name it once.")
+
+
+def require_apart(out: Place, sources: Iterable[str]) -> None:
+    """Refuse an output among the text that it is made from, which would be read with it the next time.
+
+    Raises:
+        UserError: `out` lies within one of the sources.
+    """
+    for place in filter(None, map(place_of, sources)):
+        if out.lies_within(place):
+            raise UserError(
+                f"The output {out} lies within the source {place}, which would be read with it the next time; name "
+                "another output."
+            )
+
+
 def place_of(source: str) -> Place | None:
     """Where a source as the user spelt it lies: a file, a folder or a glob; None for the hub's and the catalog's.
 
     Raises:
-        UserError: it is a file:// address that names no path.
+        UserError: it is a file:// address that names no path, or begins with a home that is not there.
     """
     name = _parts(source)[0]
     if name.startswith("hub:") or name in CATALOG_SOURCES:
         return None
     if name.startswith("file://"):
         return Place(remote_filesystem(name)[1])  # a path after all, to be compared with other paths
-    return Place(name if "://" in name else str(Path(name).expanduser()))
+    try:
+        return Place(name if "://" in name else str(Path(name).expanduser()))
+    except RuntimeError:
+        raise UserError(f"The source '{name}' begins with the home of nobody here; write the path without ~.") from None
 
 
 def _parts(source: str) -> tuple[str, str]:
@@ -216,7 +256,7 @@ def _dataset_pieces(filesystem: FileSystem, folder: str, column: str) -> Iterato
 
 def _read_json(filesystem: FileSystem, path: str) -> Any:
     with filesystem.open_input_stream(path) as stream:
-        return json.loads(stream.read())
+        return parse_json(stream.read())
 
 
 @dataclass(frozen=True)
@@ -225,6 +265,9 @@ class WholeFiles:
 
     filesystem: FileSystem
     paths: tuple[str, ...]
+
+    def names(self) -> Iterable[TextName]:
+        return [_file_name(self.filesystem, path) for path in self.paths]
 
     def texts(self) -> Iterator[str]:
         for path in self.paths:
@@ -239,6 +282,9 @@ class Blocks:
 
     filesystem: FileSystem
     path: str
+
+    def names(self) -> Iterable[TextName]:
+        return [_file_name(self.filesystem, self.path)]
 
     def texts(self) -> Iterator[str]:
         block: list[str] = []
@@ -260,6 +306,9 @@ class _Rows:
     filesystem: FileSystem
     path: str
     column: str
+
+    def names(self) -> Iterable[TextName]:
+        return [_file_name(self.filesystem, self.path, self.column)]
 
     def _texts_in(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[str]:
         """The column's texts, nulls left out.
@@ -298,7 +347,7 @@ class JsonLines(_Rows):
 
     def _text(self, line: bytes, place: int) -> Iterator[str]:
         try:
-            row = json.loads(line.decode("utf-8-sig", errors="replace"))
+            row = parse_json(line.decode("utf-8-sig", errors="replace"))
         except ValueError:
             raise UserError(f"{self._where(place)} is not JSON; write one object a line.") from None
         yield from _json_text(row, self.column, lambda: self._where(place))
@@ -368,6 +417,9 @@ class HubRows:
     configuration: str | None
     column: str
 
+    def names(self) -> Iterable[TextName]:
+        return [(f"hub:{self.dataset}", self.configuration or "", self.column)]
+
     def texts(self) -> Iterator[str]:
         from datasets import load_dataset
         from huggingface_hub.utils import logging
@@ -393,8 +445,17 @@ class CatalogDocuments:
 
     name: str
 
+    def names(self) -> Iterable[TextName]:
+        return [(self.name,)]
+
     def texts(self) -> Iterator[str]:
         return (document.text for document in unlabelled(self.name))
+
+
+def _file_name(filesystem: FileSystem, path: str, column: str = "") -> TextName:
+    if isinstance(filesystem, LocalFileSystem):
+        return os.path.realpath(path), column
+    return path, column, str(id(filesystem))  # a bucket's name is another store's as well, behind another client
 
 
 def _json_text(row: Any, column: str, where: Callable[[], str]) -> Iterator[str]:

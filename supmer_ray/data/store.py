@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +33,7 @@ from safetensors.numpy import load, load_file, save
 from supmer_ray.config import PrepareConfig
 from supmer_ray.errors import UserError, first_line
 from supmer_ray.files import Place, Where, held, sha256, whole_folder
+from supmer_ray.reading import parse_record
 from supmer_ray.registry import writable_home
 
 SCHEMA_VERSION = 2
@@ -44,6 +44,9 @@ FAMILIES = tuple(ITEM)
 
 SENTENCES = "sentences.arrow"
 DOCUMENTS = "documents.npy"
+FILES = (SENTENCES, DOCUMENTS, *(f"{family}.{kind}" for family in FAMILIES for kind in ("rows.npy", "safetensors")))
+"""What a store consists of, beside its manifest."""
+
 MANIFEST = "manifest.json"
 
 SCHEMA = pa.schema([("document", pa.int64()), ("text", pa.string()), ("tokens", pa.list_(pa.int32()))])
@@ -389,8 +392,7 @@ def family_record(family: Family) -> FamilyRecord:
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Size and digest of every file that a store consists of, for its manifest."""
-    names = [SENTENCES, DOCUMENTS, *(f"{family}.{kind}" for family in FAMILIES for kind in ("rows.npy", "safetensors"))]
-    return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in names}
+    return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in FILES}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -402,7 +404,7 @@ def read_manifest(where: Where) -> Manifest:
     """The manifest of the store in a folder, or in that of a URI; its files are not looked at.
 
     Raises:
-        UserError: there is no store, or another version wrote it.
+        UserError: there is no store, another version wrote it, or its manifest is damaged.
     """
     place = Place.of(where)
     file = place / MANIFEST
@@ -412,21 +414,24 @@ def read_manifest(where: Where) -> Manifest:
         text = place.read(MANIFEST)
     if text is None:
         raise UserError(f"{place} has no {MANIFEST}, so it is no store; name the folder that 'supmer prepare' made.")
+    damaged = UserError(f"{file} is damaged; prepare the store again.")
     try:
-        values: dict[str, Any] = json.loads(text)
-        version = values.get("schema_version")
-    except (ValueError, AttributeError):
-        raise UserError(f"{file} is damaged; prepare the store again.") from None
-    if version != SCHEMA_VERSION:
+        values = parse_record(text)
+    except ValueError:
+        raise damaged from None
+    if (version := values.get("schema_version")) != SCHEMA_VERSION:
         raise UserError(
             f"The store {place} was written by another version (its schema is {version}, this one reads "
             f"{SCHEMA_VERSION}); prepare it again."
         )
     try:
-        return Manifest.model_validate(values)
+        manifest = Manifest.model_validate(values)
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise UserError(f"{file} is damaged at '{key}'; prepare the store again.") from None
+    if manifest.files.keys() != set(FILES) or manifest.families.keys() != set(FAMILIES):
+        raise damaged
+    return manifest
 
 
 def _verify(folder: Path, manifest: Manifest, *, whole: bool = False, shown: Place | None = None) -> None:

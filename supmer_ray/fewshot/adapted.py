@@ -8,7 +8,6 @@ same rows with a label and its probability. Torch is imported when the rows and 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,14 +16,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 
 from supmer_ray.config import AdaptConfig
 from supmer_ray.errors import UserError, require_new_folder, require_path, require_writable
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
 from supmer_ray.files import whole_folder
-from supmer_ray.reading import build
+from supmer_ray.reading import build, parse_record
 
 if TYPE_CHECKING:
     from supmer_ray.fewshot.adapt import Progress
@@ -51,7 +51,7 @@ class AdaptedRecord(BaseModel):
 
     format: Literal[1] = 1
     definition: TaskDefinition
-    pattern: int = 0
+    pattern: int = Field(0, ge=0)
     backbone: str
     backbone_fingerprint: str
     tokenizer_fingerprint: str
@@ -62,6 +62,12 @@ class AdaptedRecord(BaseModel):
     dev_accuracy: float
     test_accuracy: float | None = None
     prompt_sha256: str = ""
+
+    @model_validator(mode="after")
+    def _pattern_is_of_the_task(self) -> AdaptedRecord:
+        if self.pattern >= (count := len(self.definition.patterns)):
+            raise ValueError(f"pattern {self.pattern} is none of the task's {count}, which are counted from 0")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +101,10 @@ def load_adapted(folder: Path) -> Adapted:
     try:
         if not (folder / RECORD).is_file():
             raise UserError(f"{folder} holds no {RECORD}; name the folder that adapting a task wrote.")
-        values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        values = parse_record((folder / RECORD).read_text(encoding="utf-8"))
         record = build(AdaptedRecord, values, str(folder / RECORD))
         prompt = (folder / _PROMPT).read_bytes()
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+    except ValueError:
         raise UserError(f"{folder / RECORD} is damaged; adapt the task again.") from None
     except FileNotFoundError:
         raise UserError(f"{folder} lacks {_PROMPT}; adapt the task again.") from None
@@ -106,13 +112,19 @@ def load_adapted(folder: Path) -> Adapted:
         raise UserError(f"Cannot read {error.filename} ({error.strerror}); check its permissions.") from None
     if hashlib.sha256(prompt).hexdigest() != record.prompt_sha256:
         raise UserError(f"{folder / _PROMPT} is damaged (its digest is not the recorded one); adapt the task again.")
-    return Adapted(safetensors.numpy.load(prompt)["prompt"], record)
+    try:
+        rows = safetensors.numpy.load(prompt)["prompt"]
+    except (SafetensorError, KeyError):
+        rows = None
+    if rows is None or rows.ndim != 2 or rows.dtype != np.float32:
+        raise UserError(f"{folder / _PROMPT} holds no prompt; adapt the task again.")
+    return Adapted(rows, record)
 
 
 def require_backbone(adapted: Adapted, backbone: Backbone) -> None:
     """
     Raises:
-        UserError: the prompt was adapted for another language model or tokenizer.
+        UserError: the prompt was adapted for another language model or tokenizer, or is not as wide as its rows.
     """
     record = adapted.record
     known = (record.backbone_fingerprint, record.tokenizer_fingerprint)
@@ -120,6 +132,11 @@ def require_backbone(adapted: Adapted, backbone: Backbone) -> None:
         raise UserError(
             f"The prompt for task '{record.definition.name}' was adapted for the backbone '{record.backbone}' and "
             f"'{backbone.name}' has other weights or another vocabulary; adapt the task again for this backbone."
+        )
+    if (width := adapted.prompt.shape[1]) != backbone.d_model:
+        raise UserError(
+            f"The prompt for task '{record.definition.name}' is {width} numbers wide and the backbone "
+            f"'{record.backbone}' takes {backbone.d_model}; adapt the task again."
         )
 
 

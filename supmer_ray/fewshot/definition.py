@@ -26,6 +26,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_serializer, 
 from supmer_ray.errors import UserError, first_line, nearest
 from supmer_ray.fewshot import builtin
 from supmer_ray.fewshot.tables import read_headerless, read_table, read_tsv, require_columns
+from supmer_ray.files import Place
 from supmer_ray.reading import Section
 
 MASK = "mask"
@@ -74,9 +75,9 @@ class FileSplits(Section):
         """The same splits with whole paths, relative ones from `folder`.
 
         Raises:
-            UserError: both are one file.
+            UserError: both are one file, or one is no name that a file may have.
         """
-        train, test = ((folder / file).resolve() for file in (self.train, self.test))
+        train, test = (Place.of(folder / file).resolved.local for file in (self.train, self.test))
         if train == test:
             raise UserError(f"Train and test rows are both {train}, so test rows would be trained on; name two files.")
         return self.model_copy(update={"train": train, "test": test})

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from supmer_ray.config import AdaptConfig, RunConfig
 from supmer_ray.errors import UserError
@@ -32,8 +32,8 @@ class Method(Section):
     name: str = Field(min_length=1)
     description: str = ""
     learns: Literal["prompt", "weights", "probe", "nothing"]
-    meta: dict[str, Any] | None = None
-    adapt: dict[str, Any] = Field(default_factory=dict)
+    meta: dict[str, JsonValue] | None = None
+    adapt: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _only_prompts_are_meta_trained(self) -> Method:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from supmer_ray import embedded
-from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig, RunConfig
+from supmer_ray.config import AdaptConfig, EvaluateConfig, PrepareConfig
 from supmer_ray.data.sources import place_of
 from supmer_ray.data.store import Outline, read_manifest
 from supmer_ray.errors import UserError, nearest
@@ -28,9 +28,9 @@ from supmer_ray.fewshot.definition import TaskRows, load_definition, require_sam
 from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
-from supmer_ray.files import Place, Where, read_sealed, sha256, without_keys
-from supmer_ray.meta.run import PROMPT
-from supmer_ray.reading import at, build, completed
+from supmer_ray.files import Place, Where, sha256, without_keys
+from supmer_ray.meta.run import describe_checkpoint
+from supmer_ray.reading import at, completed, parse_record
 from supmer_ray.tasks.types import require_domains
 
 DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"
@@ -170,10 +170,10 @@ class Plan:
 
     def description(self, rows: Mapping[str, TaskRows]) -> dict[str, Any]:
         """All of it as JSON, with the tasks that `rows` holds; a resumed evaluation must have the same."""
-        given = {}
-        for name, place in self.given.items():
-            sealed = read_sealed(place, "a checkpoint")
-            given[name] = {"folder": str(place), "prompt": sealed["checksums"][PROMPT]}
+        given = {
+            name: {"folder": str(place), "prompt": describe_checkpoint(place).prompt_digest}
+            for name, place in self.given.items()
+        }
         values: dict[str, Any] = {
             "suite": self.suite.model_dump(mode="json"),
             "tasks": {name: task.description() for name, task in rows.items()},
@@ -266,7 +266,7 @@ class Plan:
                 f"The curve varies '{point.label}', which belongs to meta-training, so method '{method.name}' cannot "
                 "take one checkpoint for all; leave --checkpoint out."
             )
-        made = build(RunConfig, read_sealed(given, "a checkpoint")["run"], str(given))
+        made = describe_checkpoint(given).config
         has_of, asked_of = made.model_dump(mode="json"), config.model_dump(mode="json")
         wanted = {key: at(asked_of, key) for key in (*TELLING, *(method.meta or ()))}
         other = {key: found for key, value in wanted.items() if (found := at(has_of, key)) != value}
@@ -329,20 +329,26 @@ def require_same(out: Path, description: Mapping[str, Any]) -> dict[str, Any]:
         The description that `out` holds.
 
     Raises:
-        UserError: `out` holds none, or one that differs in more than the baseline and how it is laid out.
+        UserError: `out` holds none, a damaged one, or one that differs in more than the baseline and how it is laid
+            out.
     """
     file = out / DESCRIPTION
     if not file.is_file():
         raise UserError(f"{out} holds no evaluation to resume ({DESCRIPTION} is missing); start without --resume.")
+    damaged = UserError(f"{file} is damaged; start the evaluation anew with --overwrite.")
     try:
-        started = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        raise UserError(f"{file} is damaged; start the evaluation anew with --overwrite.") from None
+        started = parse_record(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise damaged from None
     for name, value in description.items():
         before = started.get(name)
         if name == "tasks" and isinstance(before, dict):
             pattern = description["config"]["pattern"]
-            before, value = _asked(before, pattern), _asked(value, pattern)
+            value = _asked(value, pattern)
+            try:
+                before = _asked(before, pattern)
+            except (LookupError, TypeError):
+                raise damaged from None
         if name == "config" and isinstance(before, dict):
             before, value = _computed(completed(EvaluateConfig, before, str(file))), _computed(value)
         if before != value:

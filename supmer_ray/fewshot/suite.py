@@ -10,7 +10,7 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator
 
 from supmer_ray.fewshot import builtin
 from supmer_ray.reading import Section
@@ -63,7 +63,7 @@ class Curve(Section):
     name: str = Field(min_length=1)
     description: str = ""
     key: str = Field(pattern=r"^(adapt|run|prepare)\.\w+(\.\w+)*$")
-    values: tuple[Any, ...] = Field(min_length=1)
+    values: tuple[JsonValue, ...] = Field(min_length=1)
 
 
 def load_suite(name: str | Path) -> Suite:

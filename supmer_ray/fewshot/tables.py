@@ -15,6 +15,7 @@ import pyarrow
 
 from supmer_ray.errors import UserError, first_line
 from supmer_ray.files import whole_file
+from supmer_ray.reading import parse_json
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 
@@ -110,7 +111,8 @@ def _read_csv(file: Path) -> pd.DataFrame:
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise UserError(f"{file} has two columns named '{twice}'; rename one.")
     # With one column an empty line is a row, an empty text.
-    return pd.read_csv(file, skip_blank_lines=len(header) > 1, **options)
+    frame = pd.read_csv(file, skip_blank_lines=len(header) > 1, **options)
+    return frame.set_axis(header, axis=1)  # pandas gives a name to a column that has none
 
 
 def _read_jsonl(file: Path) -> pd.DataFrame:
@@ -120,8 +122,8 @@ def _read_jsonl(file: Path) -> pd.DataFrame:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line)
+            except ValueError:
                 raise UserError(f"Line {number} of {file} is not JSON; write one JSON object a line.") from None
             if not isinstance(record, dict):
                 raise UserError(f"Line {number} of {file} is a JSON {type(record).__name__}; write an object.")

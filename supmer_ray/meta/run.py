@@ -6,14 +6,15 @@ worker is started, and a worker cannot start before they have.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from supmer_ray.config import RunConfig
-from supmer_ray.files import Place
+from supmer_ray.errors import UserError
+from supmer_ray.files import SEAL, Place, Where, read_sealed
+from supmer_ray.reading import build, parse_record
 
 if TYPE_CHECKING:
     from supmer_ray.meta.learner import Learner
@@ -35,6 +36,8 @@ GROUP_FILE = "placement_group"
 
 PROMPT, REGULARIZER, OPTIMIZER = "prompt.safetensors", "regularizer.safetensors", "optimizer.safetensors"
 """Within a snapshot: θ; φ, unless ψ is the identity; Adam's moments and the inner rates."""
+
+CHECKPOINT_FORMAT = 1
 
 PROGRESS = "progress.json"
 """Within a snapshot: where the run stood."""
@@ -74,6 +77,42 @@ def worker_loop(settings: dict[str, Any]) -> None:
     work(settings["plan"])
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        backbone, fingerprint: the name of the language model that it was made for, and what it must be.
+        config: of the run that made it.
+        prompt_digest: SHA-256 of θ's file.
+        identity: all that stands there.
+    """
+
+    backbone: str
+    fingerprint: str
+    config: RunConfig
+    prompt_digest: str
+    identity: dict[str, Any]
+
+
+def describe_checkpoint(where: Where) -> Description:
+    """What the checkpoint in a folder or at a URI says of itself, after every file's digest was found right.
+
+    Raises:
+        UserError: no checkpoint, another version's, or a damaged one.
+    """
+    place = Place.of(where)
+    sealed = read_sealed(place, "a checkpoint")
+    if (found := sealed.get("format")) != CHECKPOINT_FORMAT:
+        raise UserError(f"{place} has checkpoint format {found}; this version reads {CHECKPOINT_FORMAT}.")
+    match sealed:
+        case {"backbone": {"name": str(name), "fingerprint": str(fingerprint)}, "run": dict(run)} if digest := sealed[
+            "checksums"
+        ].get(PROMPT):
+            return Description(name, fingerprint, build(RunConfig, run, str(place / SEAL)), digest, sealed)
+    raise UserError(f"{place / SEAL} is damaged; use another copy of it.")
+
+
 def snapshots_in(run: Place) -> list[Any]:
     """The snapshots that lie in a run's folder, as Ray `Checkpoint`s, the furthest first.
 
@@ -92,6 +131,6 @@ def snapshots_in(run: Place) -> list[Any]:
 def step_in(snapshot: Place) -> int:
     """The step that a snapshot was made after; −1 where it does not tell."""
     try:
-        return int(json.loads(snapshot.read(PROGRESS) or "")["step"])
+        return int(parse_record(snapshot.read(PROGRESS) or "")["step"])
     except (ValueError, KeyError, TypeError):
         return -1

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from supmer_ray.config import RunConfig
 from supmer_ray.errors import UserError
-from supmer_ray.files import SEAL, Place, Where, read_sealed, seal, write_json
-from supmer_ray.meta.run import OPTIMIZER, PROGRESS, PROMPT, REGULARIZER
+from supmer_ray.files import Place, Where, seal, write_json
+from supmer_ray.meta.run import CHECKPOINT_FORMAT, OPTIMIZER, PROGRESS, PROMPT, REGULARIZER, describe_checkpoint
 from supmer_ray.meta.step import MetaGradients
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import IdentityRegularizer, Regularizer
-from supmer_ray.reading import build
-
-CHECKPOINT_FORMAT = 1
 
 
 @dataclass
@@ -213,23 +210,18 @@ def load_checkpoint(where: Where, backbone: Backbone) -> Checkpoint:
         UserError: no checkpoint, a damaged file, another format, or another backbone.
     """
     place = Place.of(where)
-    description = read_sealed(place, "a checkpoint")
-    if description.get("format") != CHECKPOINT_FORMAT:
+    described = describe_checkpoint(place)
+    if described.fingerprint != backbone.fingerprint:
         raise UserError(
-            f"{place} has checkpoint format {description.get('format')}; this version reads {CHECKPOINT_FORMAT}."
-        )
-    made_for = description["backbone"]
-    if made_for["fingerprint"] != backbone.fingerprint:
-        raise UserError(
-            f"The checkpoint {place} was made for the backbone '{made_for['name']}', not for '{backbone.name}' "
+            f"The checkpoint {place} was made for the backbone '{described.backbone}', not for '{backbone.name}' "
             f"(other weights); compare or adapt on that backbone, or meta-train for this one."
         )
-    config = build(RunConfig, description["run"], str(place / SEAL))
+    config = described.config
     prompt = _tensors(place, PROMPT)["prompt"].to(backbone.device)
     regularizer = make_regularizer(config, backbone.d_model)
     if config.regularizer.enabled:
         regularizer.load_state_dict(_tensors(place, REGULARIZER))
-    return Checkpoint(prompt, regularizer.to(backbone.device), config, description)
+    return Checkpoint(prompt, regularizer.to(backbone.device), config, described.identity)
 
 
 def _tensors(place: Place, name: str) -> dict[str, Tensor]:
