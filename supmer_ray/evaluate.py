@@ -80,7 +80,7 @@ def evaluate(
         UserError: unusable input; what was finished before it stays in `out`, and where nothing was, nothing does.
         Stopped: SIGTERM or SIGINT came during meta-training; `resume` goes on.
     """
-    out = Path(out).resolve()
+    out = Place.of(out).resolved.local
     require_new_folder(out, overwrite=overwrite, resume=resume, can_resume=True, marker=DESCRIPTION)
     rows = plan.read_tasks()
     if overwrite:

@@ -230,7 +230,7 @@ def curves(rows: pd.DataFrame, key: str, values: Sequence[Any]) -> Figure:
             label=method,
         )  # fmt: skip
     axes.set_xticks(np.arange(len(points)), [str(value) for value in values])
-    _labels(axes, key.split(".", 1)[1], "test accuracy, per cent")
+    _labels(axes, key.partition(".")[2], "test accuracy, per cent")
     _legend(figure, axes)
     return figure
 

@@ -13,15 +13,15 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import pyarrow
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from supmer_ray import figures
 from supmer_ray.config import RunConfig
@@ -33,7 +33,7 @@ from supmer_ray.fewshot.plan import DESCRIPTION, RESULTS
 from supmer_ray.files import Place, Where, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.meta.run import CONFIG_FILE
-from supmer_ray.reading import build
+from supmer_ray.reading import build, parse_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +52,59 @@ _ASKS = {
 
 EXAMPLES = 12
 """Domains that the page shows sentences of."""
+
+
+class _Row(BaseModel):
+    """What the page needs of a row; there may be more in it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Step(_Row):
+    """A step in a run's metrics; its figures are not finite where a gradient was not."""
+
+    step: int
+    task_type: str
+    step_seconds: FiniteFloat
+    data_wait_seconds: FiniteFloat
+    tokens: int
+    query_loss: float
+    similarity: float
+    running_similarity: float | None  # until a gradient was finite
+    mixing: float
+    gate: float
+    update_cosine: float
+
+
+class _Found(_Row):
+    """What a validation found for a task type."""
+
+    loss: float
+    accuracy: float
+
+
+class _Validation(_Row):
+    """A validation in a run's metrics."""
+
+    step: int
+    validation: dict[str, _Found]
+
+
+class _Result(_Row):
+    """A row of an evaluation's results."""
+
+    point: str
+    method: str
+    train: str
+    test: str
+    seed: int
+    shots: int
+    test_accuracy: float
+    seconds: float
+    trained_parameters: int
+
+
+_AnyRow = TypeVar("_AnyRow", bound=_Row)
 
 
 @dataclass
@@ -125,35 +178,60 @@ def report(folders: Sequence[Where], out: Path, *, overwrite: bool = False) -> P
     return out / PAGE
 
 
-@contextmanager
-def _whole(file: Place | Path) -> Iterator[None]:
-    """While the block reads `file`, what is not as its command writes it, cut short or mixed up, is one sentence."""
+def _unlike(file: Place | Path) -> UserError:
+    """What to say of a file that is not as its command writes it: of earlier days, cut short or mixed up."""
+    return UserError(f"{file} was written by another version, or is damaged; leave its folder out.")
+
+
+def _record(place: Place, name: str) -> dict[str, Any]:
+    """How a run or an evaluation was started.
+
+    Raises:
+        UserError: the file is not to be read, or is no JSON object.
+    """
     try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException):
-        raise UserError(f"{file} is damaged; use another copy of it, or leave its folder out.") from None
+        with place.answering():
+            return parse_record(place.read(name) or "")
+    except ValueError:
+        raise _unlike(place / name) from None
+
+
+def _metrics(place: Place, kind: str, schema: type[_AnyRow]) -> list[_AnyRow]:
+    """The rows of a kind of a run.
+
+    Raises:
+        UserError: one of them lacks what the page needs.
+    """
+    try:
+        return [schema.model_validate(row) for row in read_rows(place, kind)]
+    except (ValidationError, KeyError, TypeError):
+        raise _unlike(place / METRICS_FILE) from None
 
 
 def _run(place: Place, prefix: str) -> _Section:
     """The section of a meta-training run."""
-    metrics = place / METRICS_FILE
-    with _whole(metrics):
-        steps = pd.DataFrame(read_rows(place, "step"))
+    steps = pd.DataFrame(map(dict, _metrics(place, "step", _Step)))
     if steps.empty:
         raise UserError(f"The run in {place} has no step to show yet; wait for its first one.")
-    with _whole(metrics):
-        validations = pd.DataFrame(
-            [
-                {"step": row["step"], "task_type": name, **found}
-                for row in read_rows(place, "validation")
-                for name, found in row["validation"].items()
-            ],
-            columns=["step", "task_type", "loss", "accuracy"],
-        )
-        seconds = float(steps["step_seconds"].sum() + steps["data_wait_seconds"].sum())
-    with place.answering(), _whole(place / CONFIG_FILE):
-        settings = json.loads(place.read(CONFIG_FILE) or "")
-        config, store = build(RunConfig, settings["config"], str(place / CONFIG_FILE)), settings["store"]
+    steps["running_similarity"] = steps["running_similarity"].astype(float)
+    validated = _metrics(place, "validation", _Validation)
+    if len({frozenset(row.validation) for row in validated}) > 1:
+        raise _unlike(place / METRICS_FILE)  # each validation is on the tasks of the first
+    validations = pd.DataFrame(
+        [
+            {"step": row.step, "task_type": name, **dict(found)}
+            for row in validated
+            for name, found in row.validation.items()
+        ],
+        columns=["step", "task_type", "loss", "accuracy"],
+    )
+    seconds = float(steps["step_seconds"].sum() + steps["data_wait_seconds"].sum())
+    settings = _record(place, CONFIG_FILE)
+    match settings:
+        case {"config": dict(values), "store": str(store)}:
+            config = build(RunConfig, values, str(place / CONFIG_FILE))
+        case _:
+            raise _unlike(place / CONFIG_FILE)
     section = _Section(f"Run {place.name}", prefix)
     section.blocks.append(
         _facts(
@@ -216,21 +294,33 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
     if not (folder / RESULTS).is_file():
         raise UserError(f"The evaluation in {folder} has no {RESULTS} yet; finish it with 'supmer evaluate --resume'.")
     with Place.of(folder).answering():
-        with _whole(folder / RESULTS):
-            rows = pd.read_parquet(folder / RESULTS)
-        with _whole(folder / DESCRIPTION):
-            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            baseline, curve = described["config"]["baseline"], described["curve"]
-            facts = {
-                "suite": described["suite"]["name"],
+        rows = _results(folder / RESULTS)
+    described = _record(Place.of(folder), DESCRIPTION)
+    match described:
+        case {
+            "config": {"baseline": str(baseline), "backbone": str(backbone)},
+            "suite": {"name": str(suite)},
+            "seeds": int(seeds),
+            "curve": (None | {"key": str(), "values": list(), "description": str()}) as curve,
+        }:
+            pass
+        case _:
+            raise _unlike(folder / DESCRIPTION)
+    if curve and len(curve["values"]) != rows["point"].nunique():
+        raise _unlike(folder / RESULTS)
+    section = _Section(f"Evaluation {folder.name}", prefix)
+    section.blocks.append(
+        _facts(
+            {
+                "suite": suite,
                 "tasks": str(rows["train"].nunique()),
                 "methods": str(rows["method"].nunique()),
-                "data seeds": str(described["seeds"]),
+                "data seeds": str(seeds),
                 "examples a class (K)": ", ".join(map(str, sorted(rows["shots"].unique()))),
-                "backbone": Path(described["config"]["backbone"]).name,
+                "backbone": Path(backbone).name,
             }
-    section = _Section(f"Evaluation {folder.name}", prefix)
-    section.blocks.append(_facts(facts))
+        )
+    )
 
     table, drops = summarize(rows, baseline), gaps(rows, baseline)
     at = f" At {rows['point'].iloc[-1]}." if curve else ""
@@ -260,6 +350,22 @@ def _evaluation(folder: Path, prefix: str) -> _Section:
     section.blocks.append(_results_table(table, baseline))
     section.fold(described)
     return section
+
+
+def _results(file: Path) -> pd.DataFrame:
+    """The rows of an evaluation's results.
+
+    Raises:
+        UserError: there is none, one lacks what the page needs, or one is there twice.
+    """
+    try:
+        found = [_Result.model_validate(row) for row in pd.read_parquet(file).to_dict("records")]
+    except (ValueError, pyarrow.ArrowException):  # a ValidationError is a ValueError
+        raise _unlike(file) from None
+    rows = pd.DataFrame(map(dict, found))
+    if rows.empty or rows.duplicated(["point", "method", "train", "test", "seed"]).any():
+        raise _unlike(file)
+    return rows
 
 
 def _inline(svg: str, name: str, label: str) -> str:

@@ -81,7 +81,7 @@ def tune(
         UserError: unusable input, a trial that does not fit the cluster, or no trial that came to its end.
         Stopped: SIGTERM or SIGINT came; `resume` goes on.
     """
-    out, store = out.resolve(), Place.of(store).resolved
+    out, store = Place.of(out).resolved.local, Place.of(store).resolved
     opened = Outline.open(store)
     objective = make_objective(config, opened.manifest.backbone.name)
     types = validation_types(config, opened)

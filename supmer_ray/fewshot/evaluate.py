@@ -291,7 +291,7 @@ def adapt_task(
     [[accuracy]] = _accuracies(backbone, result.prompt[None].to(backbone.device), [run], [test], None, progress)
     record = AdaptedRecord(
         definition=definition,
-        pattern=pattern,
+        pattern=min(pattern, len(definition.patterns) - 1),
         backbone=backbone.name,
         backbone_fingerprint=backbone.fingerprint,
         tokenizer_fingerprint=backbone.tokenizer_fingerprint,

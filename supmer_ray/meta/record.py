@@ -10,6 +10,7 @@ from typing import Any
 from supmer_ray.config import RunConfig
 from supmer_ray.files import Place, Where
 from supmer_ray.monitoring.loggers import figures, open_loggers
+from supmer_ray.reading import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -18,8 +19,8 @@ def whole_rows(text: str) -> Iterator[dict[str, Any]]:
     """The rows of a metrics file, up to a line that a running or killed worker has not finished."""
     for line in text.splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            yield parse_json(line)
+        except ValueError:
             return
 
 
