@@ -294,6 +294,23 @@ def test_what_the_system_refuses_to_look_at_is_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("description", "sentence"),
+    [
+        ({"format": 9, "checksums": {}}, "has checkpoint format 9; this version reads 1."),
+        ({"format": 1, "checksums": {}, "backbone": "embedded"}, "config.json is damaged; use another copy of it."),
+        ({"format": 1, "checksums": {}, "backbone": {}, "run": {}}, "config.json is damaged; use another copy of it."),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_one_sentence(tmp_path, description, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    out = ("--out", tmp_path / "out")
+    assert sentence in refused("adapt", "--task", "bbc-topic", "--checkpoint", tmp_path, *out)
+    given = ("--methods", "supmer", "--checkpoint", f"supmer={tmp_path}")
+    assert sentence in refused("evaluate", "--tasks", "bbc-topic", *given, *out)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_disk_without_room_is_one_sentence(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

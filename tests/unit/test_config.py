@@ -53,6 +53,14 @@ def test_defaults_are_the_papers():
         ("meta.order=yes", r"'meta\.order'.*'first' or 'second', not True"),
         ("workers.cpus=.inf", r"'workers\.cpus'.*finite"),
         ("meta={steps: 3, steps: 4}", r"the key 'steps' stands twice"),
+        ("meta.inner_rate=1e300", r"inner_rate 1e\+300 must be positive, and 1,000,000 at most"),
+        ("meta.prompt_rate=1e300", r"'meta\.prompt_rate'.*less than or equal to 1000000, not 1e\+300"),
+        ("meta.regularizer_rate=1e7", r"'meta\.regularizer_rate'.*less than or equal to 1000000"),
+        ("meta.inner_rate_rate=1e7", r"'meta\.inner_rate_rate'.*less than or equal to 1000000"),
+        (
+            "seed=" + "[" * 500 + "]" * 500,
+            r"something holds itself, or is nested deeper than 50 levels; write",
+        ),
     ],
 )
 def test_one_sentence_for_each_mistake(assignment, sentence):
@@ -82,6 +90,10 @@ def test_one_sentence_for_each_mistake(assignment, sentence):
             "space tries meta.loss, and validation losses of two kinds cannot be compared; judge by a few-shot task",
         ),
         (RunConfig, {"seed": {"promt": 1}}, "value for 'seed' in here: it should be a valid integer"),
+        (RunConfig, "hello", "Impossible settings in here: write keys with their values, as in {key: value}, not 'h"),
+        (RunConfig, 5, "Impossible settings in here: write keys with their values, as in {key: value}, not 5."),
+        (AdaptConfig, {"rate": 1e300}, "'rate' in here: it should be less than or equal to 1000000, not 1e+300."),
+        (PrepareConfig, {"sources": ["bbc"], "max_documents": 10**30}, "'max_documents' in here: it should be less"),
     ],
 )
 def test_what_to_write_is_said_plainly(schema, values, sentence):
@@ -108,7 +120,12 @@ def test_a_file_and_overrides(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("- a\n- b\n", "holds a list"), ("a: [1\n", "not valid YAML near line"), ("meta:\n  steps: 0\n", "run.yaml")],
+    [
+        ("- a\n- b\n", "holds a list"),
+        ("a: [1\n", "not valid YAML near line"),
+        ("meta:\n  steps: 0\n", "run.yaml"),
+        ("meta: &own [*own]\n", r"^In .*run\.yaml something holds itself, or is nested deeper than 50 levels; write"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path, text, sentence):
     file = tmp_path / "run.yaml"

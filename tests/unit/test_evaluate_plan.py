@@ -20,8 +20,9 @@ from supmer_ray.errors import UserError
 from supmer_ray.evaluate import _note, evaluate
 from supmer_ray.fewshot.method import Method, load_method
 from supmer_ray.fewshot.plan import DESCRIPTION, Plan, require_same, task_name
-from supmer_ray.fewshot.suite import Curve, Suite
+from supmer_ray.fewshot.suite import Curve, Suite, load_curve
 from supmer_ray.files import Place, require_new_place
+from supmer_ray.origins import require_sources
 from supmer_ray.reading import build
 
 
@@ -271,8 +272,8 @@ def test_a_checkpoint_of_one_method_passes_for_no_other(own_task, tmp_path, monk
     names = ["supmer", "ppt", "metapt", "no-psi", "no-gate", "no-mixup", "no-curriculum", "second-order", "three-steps"]
     names.append("two-sided")
     base = make_plan(own_task(), methods=names, adapt={"shots": 1})
-    made = {name: {"run": load_method(name).run_config(base.config.run).model_dump(mode="json")} for name in names}
-    monkeypatch.setattr("supmer_ray.fewshot.plan.read_sealed", lambda place, what: made[Path(str(place)).name])
+    made = {name: SimpleNamespace(config=load_method(name).run_config(base.config.run)) for name in names}
+    monkeypatch.setattr("supmer_ray.fewshot.plan.describe_checkpoint", lambda place: made[Path(str(place)).name])
     [point] = base.points()
     for name in names:
         given = replace(base, checkpoints=dict.fromkeys(names, tmp_path / name))
@@ -402,3 +403,23 @@ def test_cells_that_run_beside_one_that_fails_are_kept(own_task, tmp_path, run_c
     assert list(rows["method"].unique()) == methods and len(before) == plan.seeds
     assert [done for done, *_ in told] == sorted(done for done, *_ in told)
     assert told[0] == (0, 4, "cells") and told[-1] == (4, 4, "cells")
+
+
+@pytest.mark.parametrize("value", ["2026-01-01", "!!binary aGVsbG8=", "!!set {a, b}"])
+def test_a_curve_is_of_values_that_json_has(tmp_path, value):
+    file = tmp_path / "own.yaml"
+    file.write_text(f"name: own\nkey: adapt.shots\nvalues: [1, {value}]\n")
+    with pytest.raises(UserError, match=r"^Impossible value for 'values\.1' in .*own\.yaml: write a number, a text, "):
+        load_curve(file)
+
+
+def test_an_evaluation_does_not_lie_among_its_sources(own_task, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("A text.")
+    plan = make_plan(own_task(), methods=["supmer"], adapt={"shots": 1}, prepare={"sources": [str(tmp_path / "text")]})
+    with pytest.raises(UserError, match=r"The output .*/text/out lies within the source .*/text, which would be read"):
+        require_sources(plan, tmp_path / "text" / "out", anew=False)
+    twice = {"sources": [str(tmp_path / "text"), str(tmp_path / "text" / "*.txt")]}
+    plan = make_plan(own_task(), methods=["supmer"], adapt={"shots": 1}, prepare=twice)
+    with pytest.raises(UserError, match=r"both hold the text of .*/text/a\.txt; name it once"):
+        require_sources(plan, tmp_path / "out", anew=False)

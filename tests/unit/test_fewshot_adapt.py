@@ -1,5 +1,6 @@
 """Adapting many prompts together gives what each would have become alone; folders and predictions."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.numpy import save
 from tiny import make_tiny_t5
 
 from supmer_ray.config import AdaptConfig
@@ -442,6 +444,39 @@ def test_another_backbone_or_damage_is_refused(adapted, folder, tmp_path):
     (damaged / "prompt.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"prompt.safetensors is damaged"):
         load_adapted(damaged)
-    (damaged / "adapted.json").write_text('{"format": 1,')
-    with pytest.raises(UserError, match=r"adapted.json is damaged"):
-        load_adapted(damaged)
+    for text in ('{"format": 1,', '"hello"', "5", "[" * 100_000):
+        (damaged / "adapted.json").write_text(text)
+        with pytest.raises(UserError, match=r"adapted.json is damaged; adapt the task again"):
+            load_adapted(damaged)
+    for pattern, sentence in {
+        9: r"pattern 9 is none of the task's 1, which are",
+        -1: r"'pattern' in .*equal to 0",
+    }.items():
+        (damaged / "adapted.json").write_text(json.dumps({**record, "pattern": pattern}))
+        with pytest.raises(UserError, match=sentence):
+            load_adapted(damaged)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        (b"nothing", r"prompt\.safetensors holds no prompt; adapt the task again"),
+        (save({"other": np.zeros((2, 3), np.float32)}), r"prompt\.safetensors holds no prompt; adapt the task again"),
+        (save({"prompt": np.zeros(3, np.float32)}), r"prompt\.safetensors holds no prompt; adapt the task again"),
+        (
+            save({"prompt": np.zeros((2, 3), np.float32)}),
+            r"is 3 numbers wide and the backbone '.*' takes 16; adapt the",
+        ),
+    ],
+    ids=["no safetensors", "another name", "one row", "another width"],
+)
+def test_what_is_no_prompt_is_refused_whatever_its_digest(adapted, tmp_path, prompt, sentence):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    record = json.loads((adapted / "adapted.json").read_text())
+    (damaged / "adapted.json").write_text(json.dumps({**record, "prompt_sha256": hashlib.sha256(prompt).hexdigest()}))
+    (damaged / "prompt.safetensors").write_bytes(prompt)
+    (tmp_path / "rows.csv").write_text("text\nfine film\n")
+    with pytest.raises(UserError, match=sentence):
+        predict(damaged, tmp_path / "rows.csv", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()

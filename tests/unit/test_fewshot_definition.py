@@ -319,3 +319,12 @@ def test_the_hub_s_client_is_silent_about_its_retries(monkeypatch):
     finally:
         logging.set_verbosity(before)
     assert said == [logging.ERROR]
+
+
+def test_a_path_that_leads_nowhere_is_one_sentence(tmp_path):
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    definition = load_definition(task(tmp_path, data={"files": {"train": "loop.csv", "test": "test.csv"}}))
+    with pytest.raises(UserError, match=r"^Cannot read .*/loop\.csv as csv \(.*symbolic links"):
+        definition.read()
+    with pytest.raises(UserError, match=r"^The path .* holds a NUL, which no file's name may; write it without\.$"):
+        load_definition(task(tmp_path, data={"files": {"train": "a\0.csv", "test": "test.csv"}}))

@@ -48,6 +48,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, ending):
         ("a.csv", "text,label,text\na,1,b\n", r"two columns named 'text'; rename one"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud83d"}\n', r"^Line 2 of .* holds half of a character"),
         ("a.csv", "", r"Cannot read"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, r"^Line 1 of .* is not JSON; write one JSON object a line"),
         ("a.csv", "\ntext\na\nb\n", r"^The first line of .*a\.csv, which should name its column, is blank"),
     ],
 )
@@ -71,3 +72,11 @@ def test_what_a_format_cannot_hold_is_one_sentence_and_no_file(tmp_path, name, c
 def test_a_folder_is_no_table(tmp_path):
     with pytest.raises(UserError, match=r"^Cannot read .* as a table with tabs \(.*\); use another copy"):
         read_tsv(tmp_path)
+
+
+def test_a_column_without_a_name_keeps_none(tmp_path):
+    (tmp_path / "rows.csv").write_text("headline,,n\na,b,1\n")
+    frame = read_table(tmp_path / "rows.csv")
+    assert list(frame.columns) == ["headline", "", "n"]
+    write_table(frame, tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == "headline,,n\na,b,1\n"

@@ -13,7 +13,16 @@ import pytest
 
 from supmer_ray.data.store import read_manifest
 from supmer_ray.errors import UserError, require_new_folder, require_writable
-from supmer_ray.files import Place, held, read_sealed, require_new_place, require_outside, seal, whole_folder
+from supmer_ray.files import (
+    Place,
+    held,
+    read_sealed,
+    require_new_place,
+    require_outside,
+    seal,
+    whole_file,
+    whole_folder,
+)
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
@@ -225,6 +234,45 @@ def test_an_address_and_a_home_that_the_shell_left_are_no_paths(given, sentence)
             refuse(Path(given))
 
 
+def test_an_output_that_cannot_be_made_is_told_at_once(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name, sentence in {
+        "loop": r"Too many levels of symbolic links\); name another\.$",
+        "loop/out": r"Too many levels of symbolic links\); name another\.$",
+        "n" * 300 + "/out": r"File name too long\); name another\.$",
+        "n" * 245: r": its name is longer than 220 bytes; name another\.$",
+        "ä" * 120: r": its name is longer than 220 bytes; name another\.$",
+    }.items():
+        for refuse in (require_writable, lambda path: require_new_folder(path, overwrite=False)):
+            with pytest.raises(UserError, match=rf"^Cannot write into {tmp_path / name}.*{sentence}"):
+                refuse(tmp_path / name)
+    assert Place.of(tmp_path / "loop").resolved.lies_within(Place.of(tmp_path))
+    longest = tmp_path / ("n" * 220)
+    require_new_folder(longest, overwrite=False)
+    with held(longest, "a run"), Place.of(longest).workshop("last"):
+        pass
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    with whole_file(tmp_path / "link" / "x.csv") as scratch:
+        scratch.write_text("1")
+    assert (tmp_path / "gone" / "x.csv").read_text() == "1" and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("caf\udce9", r"^The path .*caf\\udce9 is not UTF-8; give it another name\.$"),
+        ("a\0b", r"^The path .*a\\x00b' holds a NUL, which no file's name may; write it without\.$"),
+    ],
+)
+def test_a_name_that_no_record_could_repeat(name, sentence):
+    for refuse in (Place, Place.of, lambda name: require_new_folder(Path(name), overwrite=False)):
+        with pytest.raises(UserError, match=sentence):
+            refuse(name)
+
+
 def test_the_folder_above_one_below_the_root_is_the_root():
     assert str(Place("/store").parent) == "/" and str(Place("/a/b").parent) == "/a"
 
@@ -233,9 +281,10 @@ def test_what_has_no_checksums_is_another_thing(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(UserError, match=r"is not a checkpoint: its config\.json has no checksums\.$"):
         read_sealed(tmp_path, "a checkpoint")
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match=r"config\.json is damaged; use another copy of it\.$"):
-        read_sealed(tmp_path, "a checkpoint")
+    for text in ('{"model_type": ', "[]", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is damaged; use another copy of it\.$"):
+            read_sealed(tmp_path, "a checkpoint")
 
 
 def test_what_is_damaged_is_named(tmp_path):

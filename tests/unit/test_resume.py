@@ -96,3 +96,39 @@ def test_a_sweep(tmp_path):
     (tmp_path / SWEEP_FILE).write_text("{")
     with pytest.raises(UserError, match=rf"{SWEEP_FILE} is damaged; start the sweep anew with --overwrite"):
         _require_same_sweep(tmp_path, settings)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", "{}"])
+def test_a_damaged_run(tmp_path, text):
+    (tmp_path / CONFIG_FILE).write_text(text)
+    with pytest.raises(UserError, match=rf"{CONFIG_FILE} is damaged; start the run anew with --overwrite"):
+        _require_same_run(Place(str(tmp_path)), RunConfig(), Place("/store"), "digest")
+
+
+TASK = {"definition": {"patterns": ["{text} {mask}"]}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        json.dumps({"seeds": 5}).encode("utf-16"),
+        json.dumps({"tasks": {"t": 5}}).encode(),
+        json.dumps({"tasks": {"t": {"definition": {"patterns": []}}}}).encode(),
+        b"[" * 100_000,
+    ],
+    ids=["cut short", "a list", "UTF-16", "no task", "no pattern", "deep"],
+)
+def test_a_damaged_evaluation(tmp_path, content):
+    (tmp_path / DESCRIPTION).write_bytes(content)
+    description = {"config": {"pattern": 0}, "tasks": {"t": TASK}}
+    with pytest.raises(UserError, match=rf"{DESCRIPTION} is damaged; start the evaluation anew with --overwrite"):
+        require_same(tmp_path, {"tasks": description["tasks"], **description})
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "[" * 100_000])
+def test_a_damaged_sweep(tmp_path, text):
+    (tmp_path / SWEEP_FILE).write_text(text)
+    with pytest.raises(UserError, match=rf"{SWEEP_FILE} is damaged; start the sweep anew with --overwrite"):
+        _require_same_sweep(tmp_path, {"store": "/store", "task": None, "sweep": {}})

@@ -15,7 +15,7 @@ from pyarrow.fs import LocalFileSystem
 from supmer_ray.config import PrepareConfig
 from supmer_ray.data import sources
 from supmer_ray.data.prepare import prepare
-from supmer_ray.data.sources import JsonLines, open_source
+from supmer_ray.data.sources import JsonLines, open_source, require_disjoint
 from supmer_ray.data.store import MANIFEST
 from supmer_ray.errors import UserError
 
@@ -217,6 +217,49 @@ def test_overwriting_spares_a_source_however_it_is_spelt(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=r"The source .* lies within the output .*out, which --overwrite would delete"):
         prepare(config, out, overwrite=True)
     assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("{at}/a.txt", "{at}/./a.txt"),
+        ("{at}/a.txt", "{at}/*.txt"),
+        ("{at}", "{at}/rows.jsonl::text"),
+        ("{at}/link.txt", "file://{at}/a.txt::x"),
+        ("bbc", "bbc::x"),
+    ],
+)
+def test_two_spellings_of_one_text_are_refused(tmp_path, first, second):
+    (tmp_path / "a.txt").write_text("A text.")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    json_lines(tmp_path / "rows.jsonl", [{"text": "Another.", "body": "One more."}])
+    given = [open_source(name.format(at=tmp_path)) for name in (first, second)]
+    with pytest.raises(UserError, match=r"^The sources '.*' and '.*' both hold the text of .*; name it once\.$"):
+        require_disjoint(given)
+    require_disjoint([*given[:1], open_source("ag-news")])
+    require_disjoint(open_source(f"{tmp_path}/rows.jsonl::{column}") for column in ("text", "body"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_does_not_lie_among_its_text(tmp_path, overwrite):
+    (tmp_path / "a.txt").write_text("A text.")
+    with pytest.raises(UserError, match=r"^The output .*/store lies within the source .*, which would be read with it"):
+        prepare(PrepareConfig(sources=(str(tmp_path),)), tmp_path / "store", overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_what_is_nested_too_deeply_is_one_sentence(tmp_path, name):
+    (tmp_path / name).write_text(("" if name.endswith("n") else '{"text": ') + "[" * 100_000)
+    with pytest.raises(UserError, match=r"rows\.json.*(is not JSON; write one|it is nested too deeply)"):
+        open_source(str(tmp_path / name))
+
+
+def test_a_name_that_cannot_be_is_one_sentence():
+    with pytest.raises(UserError, match=r"^The source '~nobody-here/x' begins with the home of nobody here; write the"):
+        open_source("~nobody-here/x")
+    with pytest.raises(UserError, match=r"^The path .*/caf\\udce9 is not UTF-8; give it another name\.$"):
+        open_source("caf\udce9")
 
 
 def test_a_misspelt_catalog_name_and_address():

@@ -207,3 +207,21 @@ def test_curriculum():
     narrow = load_run_config(None, ["meta.curriculum.a=4"]).meta.curriculum
     drawn = [draw_mixing(narrow, 1.0, 0, index) for index in range(500)]
     assert 0.45 < sum(drawn) / 500 < 0.55 and 0.13 < np.std(drawn) < 0.2, "Beta(4, 4), whose deviation is 1/6"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"backbone": "tiny"}, {"backbone": {}}, {"run": "abc"}, {"run": 5}, {"checksums": {}}],
+    ids=["a name alone", "no name", "a text", "a number", "no prompt"],
+)
+def test_a_description_of_another_shape_is_damaged(saved, backbone, change):
+    values = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(UserError, match=r"/checkpoint/config\.json is damaged; use another copy of it"):
+        load_checkpoint(saved, backbone)
+
+
+def test_another_version_comes_before_what_it_says(saved, backbone):
+    (saved / "config.json").write_text('{"format": 9, "checksums": {}}')
+    with pytest.raises(UserError, match=r"/checkpoint has checkpoint format 9; this version reads 1\.$"):
+        load_checkpoint(saved, backbone)

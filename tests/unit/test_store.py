@@ -160,10 +160,19 @@ def test_another_version_is_refused(folder):
         Store.open(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}', "[" * 100_000])
 def test_a_damaged_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="is damaged"):
+        Store.open(folder)
+
+
+@pytest.mark.parametrize(("key", "name"), [("files", "sentences.arrow"), ("files", "nss.rows.npy"), ("families", "ss")])
+def test_a_manifest_that_leaves_something_out_is_refused(folder, key, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest[key][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged; prepare the store again"):
         Store.open(folder)
 
 
