@@ -465,7 +465,7 @@ def test_another_backbone_or_damage_is_refused(adapted, folder, tmp_path):
         (save({"prompt": np.zeros(3, np.float32)}), r"prompt\.safetensors holds no prompt; adapt the task again"),
         (
             save({"prompt": np.zeros((2, 3), np.float32)}),
-            r"is 3 numbers wide and the backbone '.*' takes 16; adapt the",
+            r"is 3 numbers wide and the backbone '.*' takes 32; adapt",
         ),
     ],
     ids=["no safetensors", "another name", "one row", "another width"],

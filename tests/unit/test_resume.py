@@ -105,9 +105,6 @@ def test_a_damaged_run(tmp_path, text):
         _require_same_run(Place(str(tmp_path)), RunConfig(), Place("/store"), "digest")
 
 
-TASK = {"definition": {"patterns": ["{text} {mask}"]}}
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -122,9 +119,9 @@ TASK = {"definition": {"patterns": ["{text} {mask}"]}}
 )
 def test_a_damaged_evaluation(tmp_path, content):
     (tmp_path / DESCRIPTION).write_bytes(content)
-    description = {"config": {"pattern": 0}, "tasks": {"t": TASK}}
+    description = {"tasks": {"t": {"definition": {"patterns": ["{text} {mask}"]}}}, "config": {"pattern": 0}}
     with pytest.raises(UserError, match=rf"{DESCRIPTION} is damaged; start the evaluation anew with --overwrite"):
-        require_same(tmp_path, {"tasks": description["tasks"], **description})
+        require_same(tmp_path, description)
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "[" * 100_000])
