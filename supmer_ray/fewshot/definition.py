@@ -77,7 +77,7 @@ class FileSplits(Section):
         Raises:
             UserError: both are one file, or one is no name that a file may have.
         """
-        train, test = (Place.of(folder / file).resolved.local for file in (self.train, self.test))
+        train, test = (Place(str(folder / file)).resolved.local for file in (self.train, self.test))
         if train == test:
             raise UserError(f"Train and test rows are both {train}, so test rows would be trained on; name two files.")
         return self.model_copy(update={"train": train, "test": test})
