@@ -164,7 +164,7 @@ def this_node_cpus() -> float:
     return next(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)
 
 
-def sharing(workers: int) -> int:
+def workers_a_node(workers: int) -> int:
     """How many of so many workers a node has, where they are spread evenly over those that have CPUs now."""
     import ray
 

@@ -19,7 +19,7 @@ LOG_SECONDS, STILL_SECONDS = 15.0, 60.0
 """How often a stage writes a line where there is no terminal: when something was done since the last, and when not."""
 
 # Without markup: a path in brackets, as errors have them, is text.
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:
@@ -45,7 +45,7 @@ class StageLine:
         self._bar: Progress | None = None
         if live:
             about, said = (TextColumn(what, markup=False) for what in ("{task.description}", "{task.fields[text]}"))
-            self._bar = Progress(about, BarColumn(bar_width=24), said, console=errors, refresh_per_second=4)
+            self._bar = Progress(about, BarColumn(bar_width=24), said, console=stderr, refresh_per_second=4)
             self._bar.start()
         self._begin(title, unit)
 
@@ -77,13 +77,13 @@ class StageLine:
             self._bar.update(self._task, completed=done, total=total, text=self._text())
         elif time.monotonic() - self._written > (LOG_SECONDS if (done, note) != self._said else STILL_SECONDS):
             self._written, self._said = time.monotonic(), (done, note)
-            errors.print(f"{self.title}: {self._text()}", soft_wrap=True)
+            stderr.print(f"{self.title}: {self._text()}", soft_wrap=True)
 
     def named(self, title: str, done: int, total: int | None, unit: str, note: str = "") -> None:
         """`update` for stages that say their own title and unit, and now and then a sentence."""
         self.update(done, total, title=title, unit=unit)
         if note:
-            errors.print(note, soft_wrap=True)
+            stderr.print(note, soft_wrap=True)
 
     def train_row(self, steps: int) -> Callable[[dict[str, Any]], None]:
         """A callback for the rows of a run's metrics file."""
@@ -95,14 +95,14 @@ class StageLine:
                     note += f", {row['skipped']} skipped (not finite)"
                 self.update(row["step"], steps, note)
             elif row["kind"] == "notice":
-                errors.print(row["text"], soft_wrap=True)
+                stderr.print(row["text"], soft_wrap=True)
 
         return show
 
     def trials_done(self, done: int, total: int, best: float | None, steps: int, note: str) -> None:
         """`update` for a sweep."""
         if note:
-            errors.print(note, soft_wrap=True)
+            stderr.print(note, soft_wrap=True)
         notes = [f"best {best:.4f}"] if best is not None else []
         if steps:
             notes.append(f"{steps:,} steps of the trials at work")
@@ -128,7 +128,7 @@ class StageLine:
         if self._bar:
             self._bar.update(self._task, completed=self._done, total=self._done or 1, text=text)
         else:
-            errors.print(f"{self.title}: {text}", soft_wrap=True)
+            stderr.print(f"{self.title}: {text}", soft_wrap=True)
 
     def close(self, *, ok: bool) -> None:
         """End the last stage, if it ended well, and give the terminal back."""

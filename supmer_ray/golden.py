@@ -2,13 +2,15 @@
 
 The file holds a small T5, a prompt, a regularizer and some tasks with everything that the meta-step
 must find for each of them; the JSON of the same name beside it holds the scalars. The comparison runs
-the very code that trains.
+the very code that trains. The regularizer's tensors have the reference's names there: the gate's two layers are
+`linear_1` and `linear_2`, the transform's matrices `layers.i.{u,v,bias}`, below `mlp.`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os.path import isfile
 from pathlib import Path
@@ -23,7 +25,6 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from supmer_ray.errors import UserError, first_line
-from supmer_ray.interop import regularizer_from_reference, regularizer_names
 from supmer_ray.meta.step import MetaGradients, MetaStep
 from supmer_ray.model.backbone import Backbone
 from supmer_ray.model.regularizer import Regularizer
@@ -165,3 +166,32 @@ def _domain_similarity(golden: Golden, facts: dict[str, Any]) -> tuple[float, fl
     centroids = golden.tensors["cluster_centroids"].numpy()
     own, partner = facts["domains"]
     return domain_similarity(centroids[np.atleast_1d(own)], centroids[np.atleast_1d(partner)]), facts["domain_sim"]
+
+
+def _reference_name(own: str) -> str:
+    part, _, rest = own.partition(".")
+    if part in ("u", "v", "bias"):
+        return f"mlp.layers.{rest}.{part}"
+    return f"mlp.{'linear_1' if part == 'gate_in' else 'linear_2'}.{rest}"
+
+
+def regularizer_names(regularizer: Regularizer) -> list[str]:
+    """The reference's name of each parameter, in the order of `regularizer.parameters()`."""
+    return [_reference_name(name) for name, _ in regularizer.named_parameters()]
+
+
+def regularizer_from_reference(tensors: Mapping[str, Tensor], prefix: str) -> Regularizer:
+    """A regularizer of the shapes and values found under the reference's names.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    layers = sum(name.startswith(f"{prefix}mlp.layers.") and name.endswith(".u") for name in tensors)
+    d_model, rank = tensors[f"{prefix}mlp.layers.0.u"].shape
+    gate_hidden = tensors[f"{prefix}mlp.linear_1.weight"].shape[0]
+    regularizer = Regularizer(d_model, rank, layers, gate_hidden)
+    with torch.no_grad():
+        for name, parameter in regularizer.named_parameters():
+            value = tensors[prefix + _reference_name(name)]
+            parameter.data = value.clone()
+    return regularizer

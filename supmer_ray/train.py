@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, settle_data_actors, sharing, waits
+from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, settle_data_actors, waits, workers_a_node
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, is_disk_full
@@ -110,7 +110,7 @@ def train(
         (place / REFUSAL_FILE).remove()
         place.write(STOP_FILE, "")
         gpu = resources.has_gpus_for(config.workers)
-        plan = RunPlan(config, store, place, beside=sharing(at_a_time * config.workers.count))
+        plan = RunPlan(config, store, place, beside=workers_a_node(at_a_time * config.workers.count))
         with nullcontext(stop) if stop else stop_signals() as told:
             _fit(plan, gpu, told, progress)
         return _conclude(place, config.meta.steps)

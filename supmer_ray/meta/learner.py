@@ -116,7 +116,7 @@ class Learner:
         rates = self.state.inner_rates(decayed=False)
         for number, (name, index) in enumerate((name, index) for name in types for index in range(each)):
             if number % self.workers == self.rank:
-                losses, right = self.step.losses(self.state.prompt, rates, builder.validation_task(name, index))
+                losses, right = self.step.query_metrics(self.state.prompt, rates, builder.validation_task(name, index))
                 sums[types.index(name)] += torch.stack(
                     [losses.sum(), right.sum(), torch.ones_like(losses.sum())]
                 ).float()

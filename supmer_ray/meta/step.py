@@ -183,7 +183,7 @@ class MetaStep:
         event.record()
         return event
 
-    def losses(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    def query_metrics(self, prompt: Tensor, inner_rates: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Unmixed query losses (T,) and accuracies (T,) after the inner steps: what validation reports.
 
         An example counts as right when its answer outscores every other answer of its own task.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from ray import tune as ray_tune
 
-from supmer_ray.cluster import DRIVER_CPUS, reserved_cpus, sharing
+from supmer_ray.cluster import DRIVER_CPUS, reserved_cpus, workers_a_node
 from supmer_ray.config import PAPER_TASK_TYPES, TASK_TYPES, AdaptConfig, ObjectiveConfig, SweepConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import UserError
@@ -196,7 +196,7 @@ class Trial:
         place.local.mkdir(parents=True, exist_ok=True)
         try:
             config = run_config(self.config, settings_of(self.config, sample))
-            beside = sharing(self.at_a_time * config.workers.count)
+            beside = workers_a_node(self.at_a_time * config.workers.count)
             plan = RunPlan(config, self.store, place, self.types, self.objective, beside)
             if config.workers.count == 1:
                 meta_train(plan, TrialHost(gpu=self.gpu))

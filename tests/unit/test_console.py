@@ -73,7 +73,7 @@ def test_a_log_says_now_and_then_that_the_work_still_goes_on(clock, capsys):
 
 def test_a_terminal_shows_one_line_a_stage_that_is_written_over(clock, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(console, "errors", Console(file=screen, force_terminal=True, width=120, highlight=False))
+    monkeypatch.setattr(console, "stderr", Console(file=screen, force_terminal=True, width=120, highlight=False))
     line = StageLine("Reading", "documents", live=True)
     for done in range(1, 51):
         clock[0] += 0.1

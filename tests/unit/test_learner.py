@@ -95,12 +95,12 @@ def test_means_are_over_all_tasks(learner):
 
 def test_validation_adapts_at_the_rate_of_the_start(learner):
     batch = batch_of(0, tasks=1)
-    losses, right = learner.step.losses(learner.state.prompt, torch.tensor([0.1]), batch)
+    losses, right = learner.step.query_metrics(learner.state.prompt, torch.tensor([0.1]), batch)
     learner.state.progress.step = 8  # the outer rate has decayed to nothing
     found = learner.validate(SimpleNamespace(validation_task=lambda name, index: batch), ["nsp"])
     assert found["nsp"]["loss"] == pytest.approx(float(losses.mean()))
     assert found["nsp"]["accuracy"] == pytest.approx(float(right.mean()))
-    unadapted, _ = learner.step.losses(learner.state.prompt, torch.tensor([0.0]), batch)
+    unadapted, _ = learner.step.query_metrics(learner.state.prompt, torch.tensor([0.0]), batch)
     assert found["nsp"]["loss"] != pytest.approx(float(unadapted.mean()))
 
 

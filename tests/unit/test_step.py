@@ -247,7 +247,7 @@ def test_answers_alone_drive_the_inner_step(backbone, regularizer):
 def test_validation_losses_are_the_unmixed_query_losses(backbone, regularizer, answers_only):
     step = MetaStep(backbone, regularizer, answers_only=answers_only, token_budget=60)
     prompt, batch = make_prompt(), make_batch()
-    losses, _ = step.losses(prompt, RATES, batch)
+    losses, _ = step.query_metrics(prompt, RATES, batch)
     trained = step(prompt, RATES, batch, np.ones(18)).tasks["query_loss"]
     torch.testing.assert_close(losses, trained, rtol=1e-7, atol=1e-10)
 
@@ -289,4 +289,4 @@ def test_validation_counts_the_answers_that_outscore_the_others_of_their_task(ex
         hits[task] += best == batch.query.labels[i, 1]
         said.add(best)
     assert len(said) > 1
-    assert step.losses(prompt, RATES, batch)[1].tolist() == pytest.approx((hits / 6).tolist())
+    assert step.query_metrics(prompt, RATES, batch)[1].tolist() == pytest.approx((hits / 6).tolist())

@@ -95,8 +95,8 @@ def test_a_few_shot_task_that_the_backbone_cannot_use_is_refused_before_the_firs
         "patterns": ["{text} {mask}"],
         "verbalizers": {"0": "awesome", "1": "awesomely"},  # the second begins as the first
     }
-    for name in ("rows.csv", "test.csv"):
-        (tmp_path / name).write_text("text,label\na,0\nb,1\nc,0\nd,1\n")
+    (tmp_path / "rows.csv").write_text("text,label\na,0\nb,1\nc,0\nd,1\n")
+    (tmp_path / "test.csv").write_text("text,label\ne,0\nf,1\n")
     task = tmp_path / "own.yaml"
     task.write_text(yaml.safe_dump(values))
     config = sweep(objective={"task": str(task), "adapt": {"shots": 1}})
