@@ -27,11 +27,14 @@ from supmer_ray.errors import (
     require_one_way,
     require_path,
 )
-from supmer_ray.reading import parse_record
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
     from pyarrow.fs import FileSystem
+
+
+DEEPEST = 50
+"""Levels of lists and sections within each other: no schema has nearly as many."""
 
 
 def sha256(file: Path) -> str:
@@ -83,6 +86,36 @@ def whole_file(file: Path) -> Iterator[Path]:
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def within(value: object, levels: int) -> bool:
+    """Whether lists and mappings are nested no deeper than so; one that holds itself has no end."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(within(part, levels - 1) for part in parts)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_record(text: str | bytes) -> dict[str, Any]:
+    """What the JSON object says that one of our files is.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than any that we write.
+    """
+    values = parse_json(text)
+    if not isinstance(values, dict) or not within(values, DEEPEST):
+        raise ValueError("it is no object of ours")
+    return values
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

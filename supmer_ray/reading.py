@@ -1,4 +1,4 @@
-"""YAML, `--set`, JSON, and what they make of a schema.
+"""YAML, `--set`, and what they make of a schema.
 
 A file or "dotted.key=value" goes in, plain values come out (`read_yaml`, `override`); values and a schema go in, a
 checked object comes out (`build`). A mistake is one sentence: the key's full path, where it was written, and what to
@@ -7,7 +7,6 @@ write instead.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from supmer_ray.errors import UserError, nearest
+from supmer_ray.files import DEEPEST, within
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema", bound=BaseModel)
-
-DEEPEST = 50
-"""Levels of lists and sections within each other: no schema has nearly as many."""
 
 
 class Section(BaseModel):
@@ -204,39 +201,9 @@ def _parsed(text: str) -> Any:
     except RecursionError:
         deep = True
     else:
-        deep = not _within(values, DEEPEST)
+        deep = not within(values, DEEPEST)
     if deep:
         raise UserError(f"something holds itself, or is nested deeper than {DEEPEST} levels; write it flatter.")
-    return values
-
-
-def _within(value: object, levels: int) -> bool:
-    """Whether lists and mappings are nested no deeper than so; one that holds itself has no end."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return levels > 0 and all(_within(part, levels - 1) for part in parts)
-
-
-def parse_json(text: str | bytes) -> Any:
-    """What JSON says.
-
-    Raises:
-        ValueError: it is none, or is nested deeper than Python reads.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def parse_record(text: str | bytes) -> dict[str, Any]:
-    """What the JSON object says that one of our files is.
-
-    Raises:
-        ValueError: it is none, or is nested deeper than any that we write.
-    """
-    values = parse_json(text)
-    if not isinstance(values, dict) or not _within(values, DEEPEST):
-        raise ValueError("it is no object of ours")
     return values
 
 

@@ -30,10 +30,10 @@ from supmer_ray.data.store import Store
 from supmer_ray.errors import UserError, require_new_folder
 from supmer_ray.fewshot.comparison import INTERVAL_IS, gaps, pair_name, probability, summarize
 from supmer_ray.fewshot.plan import DESCRIPTION, RESULTS
-from supmer_ray.files import Place, Where, require_outside, whole_folder
+from supmer_ray.files import Place, Where, parse_record, require_outside, whole_folder
 from supmer_ray.meta.record import METRICS_FILE, read_rows
 from supmer_ray.meta.run import CONFIG_FILE
-from supmer_ray.reading import build, parse_record
+from supmer_ray.reading import build
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,11 +23,20 @@ from supmer_ray.cluster import Waiting, connect, require_room, reserved_cpus, se
 from supmer_ray.config import RunConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, is_disk_full
-from supmer_ray.files import Place, Where, held, read_sealed, require_new_place, require_outside, whole_folder
+from supmer_ray.files import (
+    Place,
+    Where,
+    held,
+    parse_record,
+    read_sealed,
+    require_new_place,
+    require_outside,
+    whole_folder,
+)
 from supmer_ray.meta.record import METRICS_FILE, MetricsLog
 from supmer_ray.meta.run import CONFIG_FILE, REFUSAL_FILE, STOP_FILE, RunPlan, snapshots_in, step_in, worker_loop
 from supmer_ray.monitoring.loggers import require_loggers
-from supmer_ray.reading import completed, parse_record
+from supmer_ray.reading import completed
 from supmer_ray.tasks.types import require_domains
 
 CHECKPOINT = "checkpoint"

@@ -27,9 +27,9 @@ from supmer_ray.cluster import DRIVER_CPUS, Resources, connect, require_room, re
 from supmer_ray.config import RunConfig, SweepConfig
 from supmer_ray.data.store import Outline
 from supmer_ray.errors import Stopped, UserError, first_line, require_new_folder
-from supmer_ray.files import Place, Where, held, require_outside, whole_file, write_json
+from supmer_ray.files import Place, Where, held, parse_record, require_outside, whole_file, write_json
 from supmer_ray.monitoring.loggers import require_loggers
-from supmer_ray.reading import completed, parse_record
+from supmer_ray.reading import completed
 from supmer_ray.sweep.space import Within, columns_of, run_config, settings_of, space
 from supmer_ray.sweep.trial import Trial, make_objective, validation_types
 from supmer_ray.sweep.watch import Listener, Progress, Watch, sigterm_as_sigint, watching

@@ -35,8 +35,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSy
 
 from supmer_ray.data.catalog import CATALOG_SOURCES, unlabelled
 from supmer_ray.errors import UserError, first_line, nearest
-from supmer_ray.files import Place, remote_filesystem, without_keys
-from supmer_ray.reading import parse_json
+from supmer_ray.files import Place, parse_json, remote_filesystem, without_keys
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 TEXT_FILES_A_PIECE = 256

@@ -32,8 +32,7 @@ from safetensors.numpy import load, load_file, save
 
 from supmer_ray.config import PrepareConfig
 from supmer_ray.errors import UserError, first_line
-from supmer_ray.files import Place, Where, held, sha256, whole_folder
-from supmer_ray.reading import parse_record
+from supmer_ray.files import Place, Where, held, parse_record, sha256, whole_folder
 from supmer_ray.registry import writable_home
 
 SCHEMA_VERSION = 2

@@ -23,8 +23,8 @@ from supmer_ray.config import AdaptConfig
 from supmer_ray.errors import UserError, require_new_folder, require_path, require_writable
 from supmer_ray.fewshot.definition import TaskDefinition
 from supmer_ray.fewshot.tables import read_table, require_columns, require_ending, write_table
-from supmer_ray.files import whole_folder
-from supmer_ray.reading import build, parse_record
+from supmer_ray.files import parse_record, whole_folder
+from supmer_ray.reading import build
 
 if TYPE_CHECKING:
     from supmer_ray.fewshot.adapt import Progress

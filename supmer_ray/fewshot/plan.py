@@ -28,9 +28,9 @@ from supmer_ray.fewshot.definition import TaskRows, load_definition, require_sam
 from supmer_ray.fewshot.method import Method, changed
 from supmer_ray.fewshot.sampling import draw
 from supmer_ray.fewshot.suite import Curve, Suite, SuiteEntry
-from supmer_ray.files import Place, Where, sha256, without_keys
+from supmer_ray.files import Place, Where, parse_record, sha256, without_keys
 from supmer_ray.meta.run import describe_checkpoint
-from supmer_ray.reading import at, completed, parse_record
+from supmer_ray.reading import at, completed
 from supmer_ray.tasks.types import require_domains
 
 DESCRIPTION, RESULTS = "evaluation.json", "results.parquet"

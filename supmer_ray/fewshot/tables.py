@@ -14,8 +14,7 @@ import pandas as pd
 import pyarrow
 
 from supmer_ray.errors import UserError, first_line
-from supmer_ray.files import whole_file
-from supmer_ray.reading import parse_json
+from supmer_ray.files import parse_json, whole_file
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from supmer_ray.config import RunConfig
-from supmer_ray.files import Place, Where
+from supmer_ray.files import Place, Where, parse_json
 from supmer_ray.monitoring.loggers import figures, open_loggers
-from supmer_ray.reading import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from supmer_ray.config import RunConfig
 from supmer_ray.errors import UserError
-from supmer_ray.files import SEAL, Place, Where, read_sealed
-from supmer_ray.reading import build, parse_record
+from supmer_ray.files import SEAL, Place, Where, parse_record, read_sealed
+from supmer_ray.reading import build
 
 if TYPE_CHECKING:
     from supmer_ray.meta.learner import Learner

