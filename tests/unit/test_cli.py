@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def sentence(done):
 
 def refused(*arguments):
     return sentence(supmer(*arguments))
+
+
+def test_its_version_is_the_package_s():
+    done = supmer("--version")
+    assert (done.returncode, done.stdout) == (0, f"supmer-ray {version('supmer-ray')}\n")
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy():
