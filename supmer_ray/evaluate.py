@@ -336,7 +336,11 @@ def _lowered(plan: Plan) -> str:
 def _training(run: Place) -> tuple[int, float] | None:
     """Meta-steps of a run and the seconds that they and the waiting for their data took, where it says so."""
     steps = read_rows(run, "step")
-    return (len(steps), sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps)) if steps else None
+    try:
+        seconds = sum(row["step_seconds"] + row["data_wait_seconds"] for row in steps)
+    except (KeyError, TypeError):  # another version's: the checkpoint is good all the same
+        return None
+    return (len(steps), seconds) if steps else None
 
 
 def _cell_file(out: Path, cell: Cell) -> Path:
