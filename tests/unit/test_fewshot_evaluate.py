@@ -202,8 +202,9 @@ def test_full_fine_tuning_tunes_a_copy(backbone, mood):
     assert right[1] > 0.9 > right[0]
 
 
-def test_full_fine_tuning_is_the_same_in_micro_batches_of_any_size(backbone, mood):
+def test_full_fine_tuning_is_the_same_in_micro_batches_of_any_size(backbone, mood, monkeypatch):
     """Every example counts alike, in whichever it stands."""
+    monkeypatch.setattr(Evaluation, "beats", lambda self, other: True)  # the last step's weights are kept
     texts = ["film " * (1 + number % 5) + KINDS[number % 2][number % 5] for number in range(8)]
     frame = pd.DataFrame({"text": texts, "label": ["good", "bad"] * 4})
     encoder = TaskEncoder(backbone, mood.definition, max_length=100)
@@ -212,7 +213,6 @@ def test_full_fine_tuning_is_the_same_in_micro_batches_of_any_size(backbone, moo
     parts = micro_batches(split.examples.lengths, 0, budget)
     assert len(parts[0]) == 3 and len({len(part) for part in parts}) > 1
     run = AdaptRun(split, split, encoder.verbalizer_ids, 0, torch.zeros(0, 32), IdentityRegularizer())
-    # Fewer steps are no better than none with some of the vocabularies that a tokenizer's training may come to.
     config = AdaptConfig(shots=4, steps=9, batch=8, rate=0.003, evaluate_every=9)
     (_, whole), (_, parted) = (finetune(backbone, run, config, token_budget=most) for most in (1 << 20, budget))
     assert whole.step == parted.step == 9
